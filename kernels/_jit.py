@@ -22,6 +22,10 @@ import numba
 import numpy as np
 from numba.core.caching import FunctionCache
 
+_config: Any = numba.config
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
 # Sums may be re-ordered and multiply-adds fused, so that loops vectorise. No flag that assumes
 # away NaN or infinity.
 FASTMATH = frozenset({"contract", "reassoc"})
@@ -44,25 +48,38 @@ def jit(fn: Callable[..., Any] | None = None, *, parallel: bool = False) -> Any:
         dispatcher = numba.njit(
             nogil=True, error_model="numpy", fastmath=set(FASTMATH), parallel=parallel
         )(function)
-        if not numba.config.DISABLE_JIT:
-            _enable_cache(dispatcher)
+        if not _config.DISABLE_JIT:
+            _enable_cache(dispatcher, "parallel" if parallel else "serial")
         return dispatcher
 
     return decorate if fn is None else decorate(fn)
+
+
+class Variants:
+    """A serial and a parallel version of one function that loops over `numba.prange`."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.serial = jit(fn)
+        self.parallel = jit(fn, parallel=True)
+
+    def choose(self, work_in_bytes: int) -> Any:
+        """The version for a call that moves this many bytes of memory."""
+        return self.parallel if worth_threads(work_in_bytes) else self.serial
 
 
 def worth_threads(work_in_bytes: int) -> bool:
     """Whether a kernel that moves this many bytes should use its parallel version.
 
     The answer depends on the work only, never on the thread count: the serial and the parallel
-    version of one kernel may round differently.
+    version of one kernel may round differently. Kernels that compute rather than move count one
+    multiply-add as one byte.
     """
     return work_in_bytes >= PARALLEL_BYTES
 
 
 def max_threads() -> int:
     """The largest thread count that `set_threads` accepts."""
-    return int(numba.config.NUMBA_NUM_THREADS)
+    return int(_config.NUMBA_NUM_THREADS)
 
 
 def get_threads() -> int:
@@ -86,9 +103,17 @@ def set_threads(n: int) -> None:
     numba.set_num_threads(count)
 
 
-def contiguous(*arrays: np.ndarray) -> list[np.ndarray]:
-    """The arrays; those that are not C-contiguous as contiguous copies."""
-    return [a if a.flags.c_contiguous else np.ascontiguousarray(a) for a in arrays]
+def prepared(kernel: str, *arrays: np.ndarray) -> list[np.ndarray]:
+    """The arrays as kernels take them: one float dtype, C-contiguous, writable, aligned.
+
+    Others are copied, which also keeps one compiled signature for each kernel and dtype.
+    Raises TypeError unless all are float32 or all are float64.
+    """
+    dtype = arrays[0].dtype
+    if dtype not in FLOATS or any(a.dtype != dtype for a in arrays):
+        found = ", ".join(str(a.dtype) for a in arrays)
+        raise TypeError(f"{kernel}: expected arrays of one dtype, float32 or float64, got {found}")
+    return [a if a.flags.carray else np.array(a, order="C") for a in arrays]
 
 
 # --- cache -------------------------------------------------------------------------------------
@@ -117,19 +142,18 @@ def _fingerprint() -> str:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    config = numba.config
     parts = (
         numba.__version__,
         llvmlite.__version__,
         np.__version__,
         sys.version,
         platform.platform(),
-        config.CPU_NAME or llvm.get_host_cpu_name(),
-        config.CPU_FEATURES or llvm.get_host_cpu_features().flatten(),
-        config.OPT,
-        config.LOOP_VECTORIZE,
-        config.SLP_VECTORIZE,
-        config.BOUNDSCHECK,
+        _config.CPU_NAME or llvm.get_host_cpu_name(),
+        _config.CPU_FEATURES or llvm.get_host_cpu_features().flatten(),
+        _config.OPT,
+        _config.LOOP_VECTORIZE,
+        _config.SLP_VECTORIZE,
+        _config.BOUNDSCHECK,
     )
     digest.update(repr(parts).encode())
     return digest.hexdigest()[:20]
@@ -182,7 +206,7 @@ class _Cache(FunctionCache):
         # A private detail of Numba; where it has changed, Numba's own naming stays.
         file = getattr(self, "_cache_file", None)
         pattern = getattr(file, "_data_name_pattern", None)
-        if isinstance(pattern, str) and "{number" in pattern:
+        if file is not None and isinstance(pattern, str) and "{number" in pattern:
             file._data_name_pattern = _UniqueName(pattern)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
@@ -200,15 +224,18 @@ class _Cache(FunctionCache):
 _directory = _cache_directory()
 
 
-def _enable_cache(dispatcher: Any) -> None:
-    """Cache `dispatcher` below the project's directory, leaving other users of Numba alone."""
+def _enable_cache(dispatcher: Any, kind: str) -> None:
+    """Cache `dispatcher` below the project's directory, leaving other users of Numba alone.
+
+    Numba's key does not tell a parallel version from a serial one: each `kind` has its own folder.
+    """
     if _directory is None:
         return
-    saved = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(_directory)
+    saved = _config.CACHE_DIR
+    _config.CACHE_DIR = str(_directory / kind)
     try:
         dispatcher._cache = _Cache(dispatcher.py_func)
     except (RuntimeError, OSError):  # RuntimeError: Numba found no place it can write to
         return
     finally:
-        numba.config.CACHE_DIR = saved
+        _config.CACHE_DIR = saved

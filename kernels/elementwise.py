@@ -1,0 +1,55 @@
+"""Element by element: ReLU and its gradient, in one pass each."""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from kernels import memory
+from kernels._jit import Variants, prepared
+
+_CHUNK = 16384  # elements
+
+
+def _relu_loop(X, Y):
+    # Y[i] = max(X[i], 0), NaN stays NaN;  X, Y (n,)
+    n = X.size
+    zero = X.dtype.type(0)
+    for c in prange((n + _CHUNK - 1) // _CHUNK):
+        for i in range(c * _CHUNK, min(n, (c + 1) * _CHUNK)):
+            v = X[i]
+            Y[i] = zero if v < zero else v
+
+
+def _relu_grad_loop(G, Y, D):
+    # D[i] = 0 where Y[i] <= 0, else G[i];  G, Y, D (n,)
+    n = G.size
+    zero = G.dtype.type(0)
+    for c in prange((n + _CHUNK - 1) // _CHUNK):
+        for i in range(c * _CHUNK, min(n, (c + 1) * _CHUNK)):
+            g = G[i]
+            D[i] = zero if Y[i] <= zero else g
+
+
+_relu = Variants(_relu_loop)
+_relu_grad = Variants(_relu_grad_loop)
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    """max(x, 0) for an array of any shape; NaN stays NaN."""
+    (x,) = prepared("relu", x)
+    y = memory.empty(x.shape, x.dtype)
+    _relu.choose(2 * x.nbytes)(x.reshape(-1), y.reshape(-1))
+    return y
+
+
+def relu_grad(grad: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Gradient of `relu` from its result y: grad where not y <= 0 (NaN in y lets it pass)."""
+    if grad.shape != y.shape:
+        raise ValueError(f"relu_grad: expected grad of y's shape {y.shape}, got {grad.shape}")
+    grad, y = prepared("relu_grad", grad, y)
+    result = memory.empty(y.shape, y.dtype)
+    _relu_grad.choose(3 * y.nbytes)(grad.reshape(-1), y.reshape(-1), result.reshape(-1))
+    return result

@@ -1,0 +1,396 @@
+"""Matrix products and linear layers: y = act(x @ w + bias).
+
+Where one of the three sizes is at most 4 the product only moves memory, and it is one of three
+passes over long rows, with the short side (rank R) held in registers:
+
+    expand   Y[m, n] = max(bias[n] + sum_r S[m, r] W[r, n], low)     writes Y once
+    dots     D[m, r] = sum_n A[m, n] W[r, n]                         reads A once
+    reduce   P[r, n] = sum_m S[m, r] A[m, n],  B[n] = sum_m A[m, n]  reads A once
+
+A linear layer with few inputs is `expand`, its gradients `reduce` and `dots`; a layer with few
+outputs is `dots`, its gradients `expand` and `reduce`. Other sizes take a blocked product.
+
+No library is called whose result could depend on its thread count; sums are taken over fixed
+chunks and combined in order.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from kernels import memory
+from kernels._jit import Variants, jit, prepared
+from kernels.elementwise import relu_grad
+
+NARROW = 4  # sizes up to this are held in registers
+_CHUNKS = 16  # parts of a sum over rows; also the most threads it can use
+_CHUNK_ROWS = 32  # at least, so that partial sums stay small beside what is summed
+_BLOCK_M, _BLOCK_N, _BLOCK_K = 32, 512, 256  # a block of B (512 KiB in float32) stays in L2
+
+
+# --- rank R <= 4: short sides are padded with zeros to 2 or 4 ------------------------------------
+
+
+@jit
+def _expand_rows(S, W, bias, low, Y, lo, hi):
+    # Y[m, n] = max(bias[n] + sum_r S[m, r] W[r, n], low), lo <= m < hi; NaN stays NaN
+    # S (M, R), W (R, N), bias (N,), Y (M, N); R = 2 or 4
+    N = Y.shape[1]
+    if S.shape[1] == 2:
+        for m in range(lo, hi):
+            s0, s1 = S[m, 0], S[m, 1]
+            for n in range(N):
+                v = bias[n] + s0 * W[0, n] + s1 * W[1, n]
+                Y[m, n] = low if v < low else v
+    else:
+        for m in range(lo, hi):
+            s0, s1, s2, s3 = S[m, 0], S[m, 1], S[m, 2], S[m, 3]
+            for n in range(N):
+                v = bias[n] + s0 * W[0, n] + s1 * W[1, n] + s2 * W[2, n] + s3 * W[3, n]
+                Y[m, n] = low if v < low else v
+
+
+@jit
+def _dots_rows(A, Y, off, W, D, lo, hi):
+    # D[m, r] = sum_n G[m, n] W[r, n], lo <= m < hi, G = A where not Y <= off, else 0
+    # A, Y (M, N), W (R, N), D (M, R); R = 2 or 4
+    N = A.shape[1]
+    zero = A.dtype.type(0)
+    if W.shape[0] == 2:
+        for m in range(lo, hi):
+            d0, d1 = zero, zero
+            for n in range(N):
+                g = zero if Y[m, n] <= off else A[m, n]
+                d0 += g * W[0, n]
+                d1 += g * W[1, n]
+            D[m, 0], D[m, 1] = d0, d1
+    else:
+        for m in range(lo, hi):
+            d0, d1, d2, d3 = zero, zero, zero, zero
+            for n in range(N):
+                g = zero if Y[m, n] <= off else A[m, n]
+                d0 += g * W[0, n]
+                d1 += g * W[1, n]
+                d2 += g * W[2, n]
+                d3 += g * W[3, n]
+            D[m, 0], D[m, 1], D[m, 2], D[m, 3] = d0, d1, d2, d3
+
+
+@jit
+def _reduce_rows(S, A, Y, off, P, lo, hi):
+    # P[r, n] = sum_m S[m, r] G[m, n], P[R, n] = sum_m G[m, n], lo <= m < hi
+    # G = A where not Y <= off, else 0;  S (M, R), A, Y (M, N), P (R + 1, N); R = 2 or 4
+    N = A.shape[1]
+    zero = A.dtype.type(0)
+    P[:] = zero
+    quads = lo + (hi - lo) // 4 * 4
+    for r in range(0, S.shape[1], 2):
+        last = r + 2 == S.shape[1]
+        # Four rows at a time: a sum is loaded and stored once for four terms.
+        for m in range(lo, quads, 4):
+            s0, s1, s2, s3 = S[m, r], S[m + 1, r], S[m + 2, r], S[m + 3, r]
+            t0, t1, t2, t3 = S[m, r + 1], S[m + 1, r + 1], S[m + 2, r + 1], S[m + 3, r + 1]
+            for n in range(N):
+                g0 = zero if Y[m, n] <= off else A[m, n]
+                g1 = zero if Y[m + 1, n] <= off else A[m + 1, n]
+                g2 = zero if Y[m + 2, n] <= off else A[m + 2, n]
+                g3 = zero if Y[m + 3, n] <= off else A[m + 3, n]
+                P[r, n] += s0 * g0 + s1 * g1 + s2 * g2 + s3 * g3
+                P[r + 1, n] += t0 * g0 + t1 * g1 + t2 * g2 + t3 * g3
+                if last:
+                    P[r + 2, n] += g0 + g1 + g2 + g3
+        for m in range(quads, hi):
+            for n in range(N):
+                g = zero if Y[m, n] <= off else A[m, n]
+                P[r, n] += S[m, r] * g
+                P[r + 1, n] += S[m, r + 1] * g
+                if last:
+                    P[r + 2, n] += g
+
+
+def _expand_loop(S, W, bias, low, Y, chunks):
+    M = Y.shape[0]
+    for c in prange(chunks):
+        _expand_rows(S, W, bias, low, Y, c * M // chunks, (c + 1) * M // chunks)
+
+
+def _dots_loop(A, Y, off, W, D, chunks):
+    M = A.shape[0]
+    for c in prange(chunks):
+        _dots_rows(A, Y, off, W, D, c * M // chunks, (c + 1) * M // chunks)
+
+
+def _reduce_loop(S, A, Y, off, P):
+    # P (chunks, R + 1, N)
+    M, chunks = A.shape[0], P.shape[0]
+    for c in prange(chunks):
+        _reduce_rows(S, A, Y, off, P[c], c * M // chunks, (c + 1) * M // chunks)
+
+
+_expand_variants = Variants(_expand_loop)
+_dots_variants = Variants(_dots_loop)
+_reduce_variants = Variants(_reduce_loop)
+
+
+def _padded(array: np.ndarray, axis: int) -> np.ndarray:
+    """`array` with its short side filled up to 2 or 4 by zeros (0 * 0 adds nothing, ever)."""
+    rank = array.shape[axis]
+    width = 2 if rank <= 2 else NARROW
+    if rank == width and array.flags.carray:
+        return array
+    shape = list(array.shape)
+    shape[axis] = width
+    out = np.zeros(shape, array.dtype)
+    out[(slice(None),) * axis + (slice(rank),)] = array
+    return out
+
+
+def _chunks(rows: int) -> int:
+    return max(1, min(_CHUNKS, rows // _CHUNK_ROWS))
+
+
+def _low(relu: bool, dtype: np.dtype[Any]) -> Any:
+    return dtype.type(0 if relu else -np.inf)
+
+
+def _expand(s: np.ndarray, w: np.ndarray, bias: np.ndarray | None, relu: bool) -> np.ndarray:
+    """s (M, R), w (R, N), bias (N,) -> (M, N)."""
+    y = memory.empty((s.shape[0], w.shape[1]), s.dtype)
+    b = np.zeros(w.shape[1], s.dtype) if bias is None else bias
+    kernel = _expand_variants.choose(y.nbytes)
+    kernel(_padded(s, 1), _padded(w, 0), b, _low(relu, y.dtype), y, _chunks(len(y)))
+    return y
+
+
+def _dots(a: np.ndarray, w: np.ndarray, y: np.ndarray | None = None) -> np.ndarray:
+    """a (M, N), zero where y (M, N) <= 0, and w (R, N) -> (M, R)."""
+    rank = w.shape[0]
+    w = _padded(w, 0)
+    d = np.empty((a.shape[0], w.shape[0]), a.dtype)
+    mask, off = _mask(a, y)
+    _dots_variants.choose(a.nbytes)(a, mask, off, w, d, _chunks(len(a)))
+    return d if rank == d.shape[1] else np.ascontiguousarray(d[:, :rank])
+
+
+def _reduce(
+    s: np.ndarray, a: np.ndarray, y: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """s (M, R), a (M, N), zero where y (M, N) <= 0 -> sums over m: s a (R, N), a (N,)."""
+    rank = s.shape[1]
+    s = _padded(s, 1)
+    p = np.empty((_chunks(len(a)), s.shape[1] + 1, a.shape[1]), a.dtype)
+    mask, off = _mask(a, y)
+    _reduce_variants.choose(a.nbytes)(s, a, mask, off, p)
+    total = p[0] if len(p) == 1 else p.sum(axis=0)  # over an outer axis: in order, by NumPy
+    return total[:rank], total[-1]
+
+
+def _mask(a: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, Any]:
+    """What the kernels compare and with what: nothing is <= NaN."""
+    return (a, a.dtype.type(np.nan)) if y is None else (y, a.dtype.type(0))
+
+
+# --- other sizes: blocked product -----------------------------------------------------------------
+
+
+@jit
+def _product_rows(A, B, bias, low, C, lo, hi):
+    # C[m, n] = max(bias[n] + sum_k A[m, k] B[k, n], low), lo <= m < hi; NaN stays NaN
+    # A (M, K), B (K, N), bias (N,), C (M, N); K a multiple of 4
+    K, N = B.shape
+    quads = lo + (hi - lo) // 4 * 4
+    for m in range(lo, hi):
+        for n in range(N):
+            C[m, n] = bias[n]
+    for n_lo in range(0, N, _BLOCK_N):
+        n_hi = min(N, n_lo + _BLOCK_N)
+        for k_lo in range(0, K, _BLOCK_K):
+            k_hi = min(K, k_lo + _BLOCK_K)
+            for m in range(lo, quads, 4):
+                for k in range(k_lo, k_hi, 4):
+                    p0, p1, p2, p3 = A[m, k], A[m, k + 1], A[m, k + 2], A[m, k + 3]
+                    q0, q1, q2, q3 = A[m + 1, k], A[m + 1, k + 1], A[m + 1, k + 2], A[m + 1, k + 3]
+                    r0, r1, r2, r3 = A[m + 2, k], A[m + 2, k + 1], A[m + 2, k + 2], A[m + 2, k + 3]
+                    s0, s1, s2, s3 = A[m + 3, k], A[m + 3, k + 1], A[m + 3, k + 2], A[m + 3, k + 3]
+                    for n in range(n_lo, n_hi):
+                        b0, b1, b2, b3 = B[k, n], B[k + 1, n], B[k + 2, n], B[k + 3, n]
+                        C[m, n] += p0 * b0 + p1 * b1 + p2 * b2 + p3 * b3
+                        C[m + 1, n] += q0 * b0 + q1 * b1 + q2 * b2 + q3 * b3
+                        C[m + 2, n] += r0 * b0 + r1 * b1 + r2 * b2 + r3 * b3
+                        C[m + 3, n] += s0 * b0 + s1 * b1 + s2 * b2 + s3 * b3
+            for m in range(quads, hi):
+                for k in range(k_lo, k_hi, 4):
+                    p0, p1, p2, p3 = A[m, k], A[m, k + 1], A[m, k + 2], A[m, k + 3]
+                    for n in range(n_lo, n_hi):
+                        C[m, n] += (
+                            p0 * B[k, n] + p1 * B[k + 1, n] + p2 * B[k + 2, n] + p3 * B[k + 3, n]
+                        )
+    for m in range(lo, hi):
+        for n in range(N):
+            v = C[m, n]
+            C[m, n] = low if v < low else v
+
+
+def _product_loop(A, B, bias, low, C):
+    M = C.shape[0]
+    for block in prange((M + _BLOCK_M - 1) // _BLOCK_M):
+        lo = block * _BLOCK_M
+        _product_rows(A, B, bias, low, C, lo, min(M, lo + _BLOCK_M))
+
+
+_product_variants = Variants(_product_loop)
+
+
+def _product(a: np.ndarray, b: np.ndarray, bias: np.ndarray | None, relu: bool) -> np.ndarray:
+    (m, k), n = a.shape, b.shape[1]
+    if k % 4:
+        width = k + -k % 4
+        a, b = _zero_filled(a, (m, width)), _zero_filled(b, (width, n))
+    a, b = (x if x.flags.carray else np.array(x, order="C") for x in (a, b))
+    c = memory.empty((m, n), a.dtype)
+    if bias is None:
+        bias = np.zeros(n, a.dtype)
+    _product_variants.choose(m * n * k)(a, b, bias, _low(relu, a.dtype), c)
+    return c
+
+
+def _zero_filled(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    out = memory.empty(shape, array.dtype)
+    rows, columns = array.shape
+    out[:rows, :columns] = array
+    out[rows:] = 0
+    out[:rows, columns:] = 0
+    return out
+
+
+# --- public ---------------------------------------------------------------------------------------
+
+
+def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a (M, K) @ b (K, N) -> (M, N)."""
+    _check("matmul", a, b, 1, 0)
+    a, b = prepared("matmul", a, b)
+    return _matmul(a, b)
+
+
+def matmul_tn(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a.T @ b of a (M, K), b (M, N) -> (K, N)."""
+    _check("matmul_tn", a, b, 0, 0)
+    return _matmul_tn(*prepared("matmul_tn", a, b))
+
+
+def matmul_nt(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b.T of a (M, N), b (K, N) -> (M, K)."""
+    _check("matmul_nt", a, b, 1, 1)
+    return _matmul_nt(*prepared("matmul_nt", a, b))
+
+
+def linear(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None, relu: bool) -> np.ndarray:
+    """y = x @ w + bias, of it max(y, 0) if `relu` (NaN stays NaN).
+
+    x (M, K), w (K, N), bias (N,) or None -> (M, N).
+    """
+    _check("linear", x, w, 1, 0)
+    if bias is not None:
+        if bias.shape != (w.shape[1],):
+            raise ValueError(
+                f"linear: x {x.shape}, w {w.shape}: expected bias ({w.shape[1]},), got {bias.shape}"
+            )
+        x, w, bias = prepared("linear", x, w, bias)
+    else:
+        x, w = prepared("linear", x, w)
+    return _matmul(x, w, bias, relu)
+
+
+def linear_grad(
+    grad: np.ndarray,
+    x: np.ndarray,
+    w: np.ndarray,
+    y: np.ndarray | None,
+    relu: bool,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+    """Gradients of `linear` with respect to x (M, K), w (K, N) and bias (N,), where needed.
+
+    grad (M, N); y (M, N) is the result of `linear`, used with `relu` only: the gradient passes
+    where not y <= 0, so that NaN in y does not silence it.
+    """
+    _check("linear_grad", x, w, 1, 0)
+    shape = (x.shape[0], w.shape[1])
+    if grad.shape != shape or (relu and (y is None or y.shape != shape)):
+        found = None if y is None else y.shape
+        raise ValueError(
+            f"linear_grad: x {x.shape}, w {w.shape}, relu={relu}: expected grad and y of shape "
+            f"{shape}, got {grad.shape} and {found}"
+        )
+    if relu and y is not None:
+        grad, x, w, y = prepared("linear_grad", grad, x, w, y)
+    else:
+        grad, x, w = prepared("linear_grad", grad, x, w)
+        y = None
+    need_x, need_w, need_b = needs
+    gx = gw = gb = None
+    if x.shape[1] <= NARROW:
+        if need_x:
+            gx = _dots(grad, w, y)
+        if need_w or need_b:
+            gw, gb = _reduce(x, grad, y)
+    else:
+        if y is not None:
+            grad = relu_grad(grad, y)
+        if need_x:
+            gx = _matmul_nt(grad, w)
+        if need_w:
+            gw = _matmul_tn(x, grad)
+        if need_b:
+            gb = grad.sum(axis=0)
+    return gx, gw if need_w else None, gb if need_b else None
+
+
+def _matmul(
+    a: np.ndarray, b: np.ndarray, bias: np.ndarray | None = None, relu: bool = False
+) -> np.ndarray:
+    (m, k), n = a.shape, b.shape[1]
+    if k <= NARROW:
+        return _expand(a, b, bias, relu)
+    if n > NARROW and m > NARROW:
+        return _product(a, b, bias, relu)
+    c = _dots(a, np.ascontiguousarray(b.T)) if n <= NARROW else _reduce(a.T, b)[0]
+    if bias is not None:
+        c = c + bias
+    return np.maximum(c, 0) if relu else c
+
+
+def _matmul_tn(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    (m, k), n = a.shape, b.shape[1]
+    if m <= NARROW:
+        return _expand(a.T, b, None, False)
+    if k <= NARROW:
+        return _reduce(a, b)[0]
+    if n <= NARROW:
+        return np.ascontiguousarray(_reduce(b, a)[0].T)
+    return _product(a.T, b, None, False)
+
+
+def _matmul_nt(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    (m, n), k = a.shape, b.shape[0]
+    if n <= NARROW:
+        return _expand(a, b.T, None, False)
+    if k <= NARROW:
+        return _dots(a, b)
+    if m <= NARROW:
+        return np.ascontiguousarray(_dots(b, a).T)
+    return _product(a, b.T, None, False)
+
+
+def _check(kernel: str, a: np.ndarray, b: np.ndarray, axis_a: int, axis_b: int) -> None:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[axis_a] != b.shape[axis_b]:
+        raise ValueError(
+            f"{kernel}: expected two matrices with axis {axis_a} of the first as long as axis "
+            f"{axis_b} of the second, got {a.shape} and {b.shape}"
+        )
