@@ -33,20 +33,33 @@ _CHUNK_ROWS = 32  # at least, so that partial sums stay small beside what is sum
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 32, 512, 256  # a block of B (512 KiB in float32) stays in L2
 
 
-# --- rank R <= 4: short sides are padded with zeros to 2 or 4 ------------------------------------
+# --- rank R <= 4: short sides of 3 are padded with zeros to 4, of 1 under a mask to 2 -------------
+#
+# What is loaded conditionally is loaded first: a load under a condition vectorises badly.
 
 
 @jit
 def _expand_rows(S, W, bias, low, Y, lo, hi):
     # Y[m, n] = max(bias[n] + sum_r S[m, r] W[r, n], low), lo <= m < hi; NaN stays NaN
-    # S (M, R), W (R, N), bias (N,), Y (M, N); R = 2 or 4
+    # S (M, R), W (R, N), bias (N,), Y (M, N); R = 1, 2 or 4
     N = Y.shape[1]
-    if S.shape[1] == 2:
+    R = S.shape[1]
+    if R == 1:
         for m in range(lo, hi):
-            s0, s1 = S[m, 0], S[m, 1]
+            s = S[m, 0]
             for n in range(N):
-                v = bias[n] + s0 * W[0, n] + s1 * W[1, n]
+                v = bias[n] + s * W[0, n]
                 Y[m, n] = low if v < low else v
+    elif R == 2:
+        for m in range(lo, hi, 2):
+            k = min(m + 1, hi - 1)  # an odd last row is written twice
+            s0, s1, t0, t1 = S[m, 0], S[m, 1], S[k, 0], S[k, 1]
+            for n in range(N):
+                b, w0, w1 = bias[n], W[0, n], W[1, n]
+                v = b + s0 * w0 + s1 * w1
+                u = b + t0 * w0 + t1 * w1
+                Y[m, n] = low if v < low else v
+                Y[k, n] = low if u < low else u
     else:
         for m in range(lo, hi):
             s0, s1, s2, s3 = S[m, 0], S[m, 1], S[m, 2], S[m, 3]
@@ -58,22 +71,27 @@ def _expand_rows(S, W, bias, low, Y, lo, hi):
 @jit
 def _dots_rows(A, Y, off, W, D, lo, hi):
     # D[m, r] = sum_n G[m, n] W[r, n], lo <= m < hi, G = A where not Y <= off, else 0
-    # A, Y (M, N), W (R, N), D (M, R); R = 2 or 4
+    # A, Y (M, N), W (R, N), D (M, R); R = 1 (Y is not read), 2 or 4
     N = A.shape[1]
+    R = W.shape[0]
     zero = A.dtype.type(0)
-    if W.shape[0] == 2:
-        for m in range(lo, hi):
-            d0, d1 = zero, zero
+    for m in range(lo, hi):
+        d0, d1, d2, d3 = zero, zero, zero, zero
+        if R == 1:
             for n in range(N):
-                g = zero if Y[m, n] <= off else A[m, n]
+                d0 += A[m, n] * W[0, n]
+            D[m, 0] = d0
+        elif R == 2:
+            for n in range(N):
+                a = A[m, n]
+                g = zero if Y[m, n] <= off else a
                 d0 += g * W[0, n]
                 d1 += g * W[1, n]
             D[m, 0], D[m, 1] = d0, d1
-    else:
-        for m in range(lo, hi):
-            d0, d1, d2, d3 = zero, zero, zero, zero
+        else:
             for n in range(N):
-                g = zero if Y[m, n] <= off else A[m, n]
+                a = A[m, n]
+                g = zero if Y[m, n] <= off else a
                 d0 += g * W[0, n]
                 d1 += g * W[1, n]
                 d2 += g * W[2, n]
@@ -85,51 +103,70 @@ def _dots_rows(A, Y, off, W, D, lo, hi):
 def _reduce_rows(S, A, Y, off, P, lo, hi):
     # P[r, n] = sum_m S[m, r] G[m, n], P[R, n] = sum_m G[m, n], lo <= m < hi
     # G = A where not Y <= off, else 0;  S (M, R), A, Y (M, N), P (R + 1, N); R = 2 or 4
+    # R = 1: Y is not read, P[1] not written
+    # Four rows at a time: a sum is loaded and stored once for four terms.
     N = A.shape[1]
+    R = S.shape[1]
     zero = A.dtype.type(0)
     P[:] = zero
-    quads = lo + (hi - lo) // 4 * 4
-    for r in range(0, S.shape[1], 2):
-        last = r + 2 == S.shape[1]
-        # Four rows at a time: a sum is loaded and stored once for four terms.
+    quads = max(lo, lo + (hi - lo) // 4 * 4)
+    if R == 1:
+        for m in range(lo, quads, 4):
+            s0, s1, s2, s3 = S[m, 0], S[m + 1, 0], S[m + 2, 0], S[m + 3, 0]
+            for n in range(N):
+                P[0, n] += s0 * A[m, n] + s1 * A[m + 1, n] + s2 * A[m + 2, n] + s3 * A[m + 3, n]
+        for m in range(quads, hi):
+            for n in range(N):
+                P[0, n] += S[m, 0] * A[m, n]
+        return
+    for r in range(0, R, 2):
         for m in range(lo, quads, 4):
             s0, s1, s2, s3 = S[m, r], S[m + 1, r], S[m + 2, r], S[m + 3, r]
             t0, t1, t2, t3 = S[m, r + 1], S[m + 1, r + 1], S[m + 2, r + 1], S[m + 3, r + 1]
             for n in range(N):
-                g0 = zero if Y[m, n] <= off else A[m, n]
-                g1 = zero if Y[m + 1, n] <= off else A[m + 1, n]
-                g2 = zero if Y[m + 2, n] <= off else A[m + 2, n]
-                g3 = zero if Y[m + 3, n] <= off else A[m + 3, n]
+                a0, a1, a2, a3 = A[m, n], A[m + 1, n], A[m + 2, n], A[m + 3, n]
+                g0 = zero if Y[m, n] <= off else a0
+                g1 = zero if Y[m + 1, n] <= off else a1
+                g2 = zero if Y[m + 2, n] <= off else a2
+                g3 = zero if Y[m + 3, n] <= off else a3
                 P[r, n] += s0 * g0 + s1 * g1 + s2 * g2 + s3 * g3
                 P[r + 1, n] += t0 * g0 + t1 * g1 + t2 * g2 + t3 * g3
-                if last:
-                    P[r + 2, n] += g0 + g1 + g2 + g3
+                if r == 0:
+                    P[R, n] += g0 + g1 + g2 + g3
         for m in range(quads, hi):
             for n in range(N):
-                g = zero if Y[m, n] <= off else A[m, n]
+                a = A[m, n]
+                g = zero if Y[m, n] <= off else a
                 P[r, n] += S[m, r] * g
                 P[r + 1, n] += S[m, r + 1] * g
-                if last:
-                    P[r + 2, n] += g
+                if r == 0:
+                    P[R, n] += g
+
+
+@jit
+def _chunk(c, chunks, M):
+    # Rows lo <= m < hi of part c: whole groups of four, but for the last.
+    size = (M + 4 * chunks - 1) // (4 * chunks) * 4
+    return min(M, c * size), min(M, (c + 1) * size)
 
 
 def _expand_loop(S, W, bias, low, Y, chunks):
-    M = Y.shape[0]
     for c in prange(chunks):
-        _expand_rows(S, W, bias, low, Y, c * M // chunks, (c + 1) * M // chunks)
+        lo, hi = _chunk(c, chunks, Y.shape[0])
+        _expand_rows(S, W, bias, low, Y, lo, hi)
 
 
 def _dots_loop(A, Y, off, W, D, chunks):
-    M = A.shape[0]
     for c in prange(chunks):
-        _dots_rows(A, Y, off, W, D, c * M // chunks, (c + 1) * M // chunks)
+        lo, hi = _chunk(c, chunks, A.shape[0])
+        _dots_rows(A, Y, off, W, D, lo, hi)
 
 
 def _reduce_loop(S, A, Y, off, P):
     # P (chunks, R + 1, N)
-    M, chunks = A.shape[0], P.shape[0]
-    for c in prange(chunks):
-        _reduce_rows(S, A, Y, off, P[c], c * M // chunks, (c + 1) * M // chunks)
+    for c in prange(P.shape[0]):
+        lo, hi = _chunk(c, P.shape[0], A.shape[0])
+        _reduce_rows(S, A, Y, off, P[c], lo, hi)
 
 
 _expand_variants = Variants(_expand_loop)
@@ -137,10 +174,10 @@ _dots_variants = Variants(_dots_loop)
 _reduce_variants = Variants(_reduce_loop)
 
 
-def _padded(array: np.ndarray, axis: int) -> np.ndarray:
-    """`array` with its short side filled up to 2 or 4 by zeros (0 * 0 adds nothing, ever)."""
+def _padded(array: np.ndarray, axis: int, least: int = 1) -> np.ndarray:
+    """`array` with its short side filled up to 1, 2 or 4 by zeros (0 * 0 adds nothing, ever)."""
     rank = array.shape[axis]
-    width = 2 if rank <= 2 else NARROW
+    width = NARROW if rank > 2 else max(rank, least)
     if rank == width and array.flags.carray:
         return array
     shape = list(array.shape)
@@ -170,24 +207,31 @@ def _expand(s: np.ndarray, w: np.ndarray, bias: np.ndarray | None, relu: bool) -
 def _dots(a: np.ndarray, w: np.ndarray, y: np.ndarray | None = None) -> np.ndarray:
     """a (M, N), zero where y (M, N) <= 0, and w (R, N) -> (M, R)."""
     rank = w.shape[0]
-    w = _padded(w, 0)
+    w = _padded(w, 0, 1 if y is None else 2)
     d = np.empty((a.shape[0], w.shape[0]), a.dtype)
     mask, off = _mask(a, y)
     _dots_variants.choose(a.nbytes)(a, mask, off, w, d, _chunks(len(a)))
     return d if rank == d.shape[1] else np.ascontiguousarray(d[:, :rank])
 
 
-def _reduce(
-    s: np.ndarray, a: np.ndarray, y: np.ndarray | None = None
+def _reduce(s: np.ndarray, a: np.ndarray) -> np.ndarray:
+    """s (M, R), a (M, N) -> s.T @ a (R, N)."""
+    return _reduced(_padded(s, 1), a, None)[: s.shape[1]]
+
+
+def _reduce_masked(
+    s: np.ndarray, a: np.ndarray, y: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """s (M, R), a (M, N), zero where y (M, N) <= 0 -> sums over m: s a (R, N), a (N,)."""
-    rank = s.shape[1]
-    s = _padded(s, 1)
+    """s (M, R), g (M, N) = a where not y <= 0, else 0 -> s.T @ g (R, N), sum_m g (N,)."""
+    total = _reduced(_padded(s, 1, 2), a, y)
+    return total[: s.shape[1]], total[-1]
+
+
+def _reduced(s: np.ndarray, a: np.ndarray, y: np.ndarray | None) -> np.ndarray:
     p = np.empty((_chunks(len(a)), s.shape[1] + 1, a.shape[1]), a.dtype)
     mask, off = _mask(a, y)
     _reduce_variants.choose(a.nbytes)(s, a, mask, off, p)
-    total = p[0] if len(p) == 1 else p.sum(axis=0)  # over an outer axis: in order, by NumPy
-    return total[:rank], total[-1]
+    return p[0] if len(p) == 1 else p.sum(axis=0)  # over an outer axis: in order, by NumPy
 
 
 def _mask(a: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, Any]:
@@ -339,7 +383,7 @@ def linear_grad(
         if need_x:
             gx = _dots(grad, w, y)
         if need_w or need_b:
-            gw, gb = _reduce(x, grad, y)
+            gw, gb = _reduce_masked(x, grad, y)
     else:
         if y is not None:
             grad = relu_grad(grad, y)
@@ -360,7 +404,7 @@ def _matmul(
         return _expand(a, b, bias, relu)
     if n > NARROW and m > NARROW:
         return _product(a, b, bias, relu)
-    c = _dots(a, np.ascontiguousarray(b.T)) if n <= NARROW else _reduce(a.T, b)[0]
+    c = _dots(a, np.ascontiguousarray(b.T)) if n <= NARROW else _reduce(a.T, b)
     if bias is not None:
         c = c + bias
     return np.maximum(c, 0) if relu else c
@@ -371,9 +415,9 @@ def _matmul_tn(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     if m <= NARROW:
         return _expand(a.T, b, None, False)
     if k <= NARROW:
-        return _reduce(a, b)[0]
+        return _reduce(a, b)
     if n <= NARROW:
-        return np.ascontiguousarray(_reduce(b, a)[0].T)
+        return np.ascontiguousarray(_reduce(b, a).T)
     return _product(a.T, b, None, False)
 
 
