@@ -1,0 +1,252 @@
+"""Batches of an array data set, shuffled anew each epoch, resumable in the middle of one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kernels import memory
+from tinynn.errors import ConfigError, DataError, DTypeError
+from tinynn.op import Array
+
+_CHECK_BYTES = 1 << 20  # how much of a data set is examined at a time: stays in the cache
+
+
+class _Epoch:
+    """One pass over the rows: in which order, from which generator state, and how far it is."""
+
+    __slots__ = ("begun_from", "done", "order")
+
+    def __init__(self, order: Array | None, begun_from: dict[str, Any] | None) -> None:
+        self.order = order  # None: as the rows lie
+        self.begun_from = begun_from
+        self.done = 0  # batches handed out
+
+
+class Batches:
+    """Iterating gives one epoch's (x_batch, y_batch), C-contiguous arrays of their own.
+
+    `x`: (n, ...) float32 or float64. `y`: (n, ...) floats or integer labels, or None where the
+    target is the input (auto-encoders): then y_batch is x_batch. The last batch is smaller if
+    `size` does not divide n, unless `drop_last`. With `shuffle`, every epoch draws a permutation of
+    the rows from `rng`, which other parts of a program may share; without, `rng` may be None.
+
+    The data set is neither copied nor changed (a copy is made once if it is not C-contiguous).
+
+    Raises DataError for no rows, different numbers of rows, or values that are not finite (first
+    bad row and count); DTypeError for other dtypes or a missing generator; ConfigError for a size
+    below 1 or one that leaves no batch.
+    """
+
+    def __init__(
+        self,
+        x: npt.ArrayLike,
+        y: npt.ArrayLike | None,
+        size: int,
+        rng: np.random.Generator | None = None,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        self._x = _examined("x", x, "f")
+        self._y = None if y is None else _examined("y", y, "fiu")
+        if self._y is not None and len(self._y) != len(self._x):
+            raise DataError(
+                f"Batches: required as many rows in y as in x; came x {self._x.shape}, "
+                f"y {self._y.shape}"
+            )
+        if size != int(size) or size < 1:
+            raise ConfigError(f"Batches: required a whole size >= 1; came {size}")
+        if drop_last and size > len(self._x):
+            raise ConfigError(
+                f"Batches: drop_last with size {size} leaves no batch of {len(self._x)} rows"
+            )
+        if shuffle and not isinstance(rng, np.random.Generator):
+            raise DTypeError(f"Batches: shuffle requires a numpy.random.Generator; came {rng!r}")
+        self.size = int(size)
+        self.rng = rng
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self._epoch: _Epoch | None = None  # the one begun last, until it ends
+        self._resume = False  # whether the next iteration continues it
+
+    @property
+    def x(self) -> Array:
+        """All inputs, (n, ...), read-only."""
+        return _read_only(self._x)
+
+    @property
+    def y(self) -> Array:
+        """All targets, (n, ...), read-only; the inputs if there are no others."""
+        return _read_only(self._x if self._y is None else self._y)
+
+    def __len__(self) -> int:
+        """The number of batches in an epoch."""
+        rows = len(self._x)
+        return rows // self.size if self.drop_last else -(-rows // self.size)
+
+    def __iter__(self) -> Iterator[tuple[Array, Array]]:
+        """Begin an epoch, or continue the one that `load_state_dict` brought."""
+        if self._epoch is None or not self._resume:
+            self._epoch = self._begin()
+        self._resume = False
+        return self._walk(self._epoch)
+
+    def take(self, n: int) -> Batches:
+        """The first `n` batches as the rows lie, unshuffled; all if there are fewer.
+
+        The result refers to the same arrays and may be iterated any number of times.
+        """
+        if n < 1:
+            raise ConfigError(f"Batches.take: required n >= 1; came {n}")
+        part = copy.copy(self)
+        rows = min(n, len(self)) * self.size
+        part._x = self._x[:rows]
+        part._y = None if self._y is None else self._y[:rows]
+        part.shuffle = False
+        part.rng = None
+        part._epoch = None
+        part._resume = False
+        return part
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as numbers, texts, lists and dicts (fit for JSON).
+
+        `rows`, `size`, `shuffle`, `drop_last` to recognise the data; `rng`, the generator's state
+        now; in the middle of an epoch also `done`, the batches handed out so far, and `begun_from`,
+        the generator's state from which this epoch's order was drawn.
+        """
+        state: dict[str, Any] = self._identity()
+        if self.rng is not None:
+            state["rng"] = _plain(self.rng.bit_generator.state)
+        if self._epoch is not None:
+            state["done"] = self._epoch.done
+            state["begun_from"] = self._epoch.begun_from
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`: the next iteration gives the rest of that epoch.
+
+        The generator is set to its state at that moment, whatever else drew from it. Raises
+        ConfigError, and changes nothing, if the state belongs to other data or to another kind of
+        generator.
+        """
+        required = self._identity()
+        came = {k: state.get(k) for k in required}
+        if came != required:
+            raise ConfigError(f"Batches: required a state of {required}; came {came}")
+        needed = ({"rng"} if self.rng else set()) | ({"begun_from"} if "done" in state else set())
+        if not needed <= set(state):
+            raise ConfigError(f"Batches: the state lacks {sorted(needed - set(state))}")
+        epoch = None
+        if "done" in state:
+            done = state["done"]
+            if not isinstance(done, int) or not 0 <= done <= len(self):
+                raise ConfigError(f"Batches: required 0 <= done <= {len(self)}; came {done!r}")
+            epoch = self._begin(state["begun_from"])
+            epoch.done = done
+        if self.rng is not None:
+            self.rng.bit_generator.state = _generator_like(self.rng, state["rng"]).state
+        self._epoch = epoch
+        self._resume = epoch is not None
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "rows": len(self._x),
+            "size": self.size,
+            "shuffle": self.shuffle,
+            "drop_last": self.drop_last,
+        }
+
+    def _begin(self, from_state: dict[str, Any] | None = None) -> _Epoch:
+        """An epoch whose order is drawn from `rng`, or from a generator in `from_state`."""
+        if not self.shuffle or self.rng is None:
+            return _Epoch(None, None)
+        if from_state is None:
+            before = _plain(self.rng.bit_generator.state)
+            return _Epoch(self.rng.permutation(len(self._x)), before)
+        then = np.random.Generator(_generator_like(self.rng, from_state))
+        return _Epoch(then.permutation(len(self._x)), from_state)
+
+    def _walk(self, epoch: _Epoch) -> Iterator[tuple[Array, Array]]:
+        while epoch.done < len(self):
+            start = epoch.done * self.size
+            epoch.done += 1
+            x = _gather(self._x, epoch.order, start, start + self.size)
+            y = x if self._y is None else _gather(self._y, epoch.order, start, start + self.size)
+            yield x, y
+        if self._epoch is epoch:
+            self._epoch = None
+
+
+def _gather(rows: Array, order: Array | None, start: int, stop: int) -> Array:
+    """rows[order[start:stop]] as a writable array of its own."""
+    if order is None:
+        part = rows[start:stop]
+        out = memory.empty(part.shape, part.dtype)
+        out[...] = part
+        return out
+    chosen = order[start:stop]
+    out = memory.empty((len(chosen), *rows.shape[1:]), rows.dtype)
+    # All indices are valid; "clip" spares the copy through which "raise" keeps `out` whole.
+    return np.take(rows, chosen, axis=0, out=out, mode="clip")
+
+
+def _examined(name: str, values: npt.ArrayLike, kinds: str) -> Array:
+    """The values as a C-contiguous array of a permitted dtype, at least one row, all finite."""
+    array = np.asarray(values)
+    floats = array.dtype.kind == "f" and array.dtype.itemsize in (4, 8)
+    if array.dtype.kind not in kinds or (array.dtype.kind == "f" and not floats):
+        allowed = "float32 or float64" + (" or integers" if "i" in kinds else "")
+        raise DTypeError(f"Batches: required {name} of {allowed}; came {array.dtype}")
+    if array.ndim == 0 or array.size == 0:
+        raise DataError(f"Batches: required {name} with at least one row; came {array.shape}")
+    array = np.ascontiguousarray(array)
+    if floats:
+        _check_finite(name, array.reshape(len(array), -1))
+    return array
+
+
+def _check_finite(name: str, rows: Array) -> None:
+    step = max(1, _CHECK_BYTES // rows[0].nbytes)
+    first, count = -1, 0
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        finite = np.isfinite(part)
+        if not finite.all():
+            bad = np.flatnonzero(~finite.all(axis=1))
+            first = start + int(bad[0]) if first < 0 else first
+            count += bad.size
+    if count:
+        raise DataError(
+            f"Batches: required finite {name}; row {first} is the first of {count} (of "
+            f"{len(rows)}) with NaN or infinity"
+        )
+
+
+def _generator_like(rng: np.random.Generator, state: Mapping[str, Any]) -> Any:
+    """A bit generator of the kind that `rng` has, in this state."""
+    fresh = type(rng.bit_generator)(0)
+    try:
+        fresh.state = state
+    except (ValueError, TypeError, LookupError) as error:
+        raise ConfigError(
+            f"Batches: required a state of {type(fresh).__name__}; came {state}"
+        ) from error
+    return fresh
+
+
+def _plain(state: Any) -> Any:
+    """A generator's state with lists for arrays."""
+    if isinstance(state, Mapping):
+        return {k: _plain(v) for k, v in state.items()}
+    return state.tolist() if isinstance(state, np.ndarray | np.generic) else state
+
+
+def _read_only(array: Array) -> Array:
+    view = array.view()
+    view.flags.writeable = False
+    return view
