@@ -118,6 +118,190 @@ def relu_grad(grad: np.ndarray, y: np.ndarray) -> np.ndarray:
     return elementwise(lambda g, v: type(g)(0) if v <= 0 else g, grad, y)
 
 
+# --- losses ---------------------------------------------------------------------------------------
+
+
+def mse(pred: np.ndarray, target: np.ndarray) -> Any:
+    """mean_i (pred[i] - target[i])^2."""
+    return sum((p - t) ** 2 for p, t in zip(pred.flat, target.flat, strict=True)) / pred.size
+
+
+def mse_grad(pred: np.ndarray, target: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    """2 scale / n (pred[i] - target[i])."""
+    return elementwise(lambda p, t: 2 * scale / pred.size * (p - t), pred, target)
+
+
+def softmax_cross_entropy(
+    logits: np.ndarray, labels: np.ndarray, smoothing: float = 0.0
+) -> tuple[Any, np.ndarray]:
+    """mean_b -sum_c q[b, c] log p[b, c], and p = softmax(logits) (B, C)."""
+    # log p[b, c] = (z[b, c] - top_b) - log sum_k exp(z[b, k] - top_b)
+    top = reduce_max(logits, 1, keepdims=True)
+    shifted = elementwise(lambda z, t: z - t, logits, top)
+    sums = reduce_sum(elementwise(np.exp, shifted), 1)
+    loss = 0.0
+    for b, c in _indices(logits.shape):
+        q = _smoothed(labels[b], c, logits.shape[1], smoothing)
+        if q > 0:
+            loss -= q * (shifted[b, c] - np.log(sums[b]))
+    return loss / len(logits), softmax(logits)
+
+
+def softmax_cross_entropy_grad(
+    probabilities: np.ndarray, labels: np.ndarray, smoothing: float = 0.0, scale: float = 1.0
+) -> np.ndarray:
+    """scale / B (p[b, c] - q[b, c])."""
+    grad = np.empty_like(probabilities)
+    batch, classes = probabilities.shape
+    for b, c in _indices(grad.shape):
+        q = _smoothed(labels[b], c, classes, smoothing)
+        grad[b, c] = scale / batch * (probabilities[b, c] - q)
+    return grad
+
+
+def _smoothed(label: int, c: int, classes: int, smoothing: float) -> float:
+    # q[b, c] = (1 - smoothing) [c = label] + smoothing / C
+    return (1 - smoothing) * (c == label) + smoothing / classes
+
+
+# --- optimiser steps, in place --------------------------------------------------------------------
+# g = grad + l1 sign(w) + l2 w;  w is first scaled by 1 - lr decay (decoupled decay)
+
+
+def sgd(
+    w: np.ndarray,
+    grad: np.ndarray,
+    velocity: np.ndarray | None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    decay: float = 0.0,
+) -> None:
+    """v <- momentum v + g;  w <- w - lr v, or w - lr (g + momentum v) with Nesterov."""
+    for i in _indices(w.shape):
+        g = grad[i] + l1 * np.sign(w[i]) + l2 * w[i]
+        step = g
+        if velocity is not None:
+            velocity[i] = momentum * velocity[i] + g
+            step = g + momentum * velocity[i] if nesterov else velocity[i]
+        w[i] = w[i] * (1 - lr * decay) - lr * step
+
+
+def adam(
+    w: np.ndarray,
+    grad: np.ndarray,
+    mean: np.ndarray,
+    square: np.ndarray,
+    *,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    decay: float = 0.0,
+) -> None:
+    """a <- beta1 a + (1 - beta1) g;  b <- beta2 b + (1 - beta2) g^2
+
+    w <- w - lr a / (1 - beta1^t) / (sqrt(b / (1 - beta2^t)) + eps)
+    """
+    for i in _indices(w.shape):
+        g = grad[i] + l1 * np.sign(w[i]) + l2 * w[i]
+        mean[i] = beta1 * mean[i] + (1 - beta1) * g
+        square[i] = beta2 * square[i] + (1 - beta2) * g * g
+        a, b = mean[i] / (1 - beta1**step), square[i] / (1 - beta2**step)
+        w[i] = w[i] * (1 - lr * decay) - lr * a / (np.sqrt(b) + eps)
+
+
+def nadam(
+    w: np.ndarray,
+    grad: np.ndarray,
+    mean: np.ndarray,
+    square: np.ndarray,
+    *,
+    step: int,
+    mu_product: float,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    momentum_decay: float = 0.004,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    decay: float = 0.0,
+) -> float:
+    """a, b as in `adam`; mu_t = beta1 (1 - 0.5 0.96^(t momentum_decay)), u_t = mu_1 ... mu_t
+
+    w <- w - lr (mu_(t+1) a / (1 - u_(t+1)) + (1 - mu_t) g / (1 - u_t))
+             / (sqrt(b / (1 - beta2^t)) + eps)
+    """
+    mu, following = (beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay)) for t in (step, step + 1))
+    mu_product *= mu
+    for i in _indices(w.shape):
+        g = grad[i] + l1 * np.sign(w[i]) + l2 * w[i]
+        mean[i] = beta1 * mean[i] + (1 - beta1) * g
+        square[i] = beta2 * square[i] + (1 - beta2) * g * g
+        ahead = following * mean[i] / (1 - mu_product * following)
+        ahead += (1 - mu) * g / (1 - mu_product)
+        b = square[i] / (1 - beta2**step)
+        w[i] = w[i] * (1 - lr * decay) - lr * ahead / (np.sqrt(b) + eps)
+    return mu_product
+
+
+def adadelta(
+    w: np.ndarray,
+    grad: np.ndarray,
+    square: np.ndarray,
+    delta: np.ndarray,
+    *,
+    lr: float = 1.0,
+    rho: float = 0.9,
+    eps: float = 1e-6,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    decay: float = 0.0,
+) -> None:
+    """s <- rho s + (1 - rho) g^2;  step = sqrt(d + eps) / sqrt(s + eps) g
+
+    d <- rho d + (1 - rho) step^2;  w <- w - lr step
+    """
+    for i in _indices(w.shape):
+        g = grad[i] + l1 * np.sign(w[i]) + l2 * w[i]
+        square[i] = rho * square[i] + (1 - rho) * g * g
+        step = np.sqrt(delta[i] + eps) / np.sqrt(square[i] + eps) * g
+        delta[i] = rho * delta[i] + (1 - rho) * step * step
+        w[i] = w[i] * (1 - lr * decay) - lr * step
+
+
+def rmsprop(
+    w: np.ndarray,
+    grad: np.ndarray,
+    square: np.ndarray,
+    velocity: np.ndarray | None,
+    *,
+    lr: float,
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    momentum: float = 0.0,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    decay: float = 0.0,
+) -> None:
+    """s <- alpha s + (1 - alpha) g^2;  v <- momentum v + g / (sqrt(s) + eps);  w <- w - lr v."""
+    for i in _indices(w.shape):
+        g = grad[i] + l1 * np.sign(w[i]) + l2 * w[i]
+        square[i] = alpha * square[i] + (1 - alpha) * g * g
+        step = g / (np.sqrt(square[i]) + eps)
+        if velocity is not None:
+            velocity[i] = momentum * velocity[i] + step
+            step = velocity[i]
+        w[i] = w[i] * (1 - lr * decay) - lr * step
+
+
 # --- reductions -----------------------------------------------------------------------------------
 
 Axes = int | Sequence[int] | None
