@@ -1,0 +1,264 @@
+"""Every registered op: against its plain-loop twin, its gradient, torch, and its errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinynn import ops
+from tinynn.errors import DataError, DTypeError, ShapeError, TinynnError
+from tinynn.gradcheck import GradientError, gradcheck
+from tinynn.op import Op, Sample, registry, use_variant
+from tinynn.tensor import Tensor, apply
+
+SAMPLES = [
+    pytest.param(sample, id=f"{sample.op}-{sample.shapes}")
+    for kind in registry.values()
+    for sample in kind.samples()
+]
+
+
+def operands(sample: Sample, dtype: type = np.float64) -> list[np.ndarray]:
+    """Values at least 1e-3 apart and off zero, so that no kink lies within a finite difference."""
+    rng = np.random.default_rng(7)
+    arrays = []
+    for shape in sample.shapes:
+        size = int(np.prod(shape))
+        grid = np.linspace(sample.low, sample.high, 4 * size + 6)[1:-1]
+        picked = rng.choice(grid[np.abs(grid) > 1e-3], size, replace=False)
+        arrays.append((picked + rng.uniform(-1e-4, 1e-4, size)).reshape(shape).astype(dtype))
+    if sample.labels is not None:
+        arrays[-1] = rng.integers(0, sample.labels, sample.shapes[-1])
+    return arrays
+
+
+def test_every_op_declares_samples_and_is_registered_once() -> None:
+    assert len(registry) > 20
+    assert all(kind.samples() for kind in registry.values())
+    with pytest.raises(TinynnError, match="declared twice"):
+        type("Add", (Op,), {})
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_gradient_against_central_differences(sample: Sample) -> None:
+    gradcheck(lambda *t: apply(sample.op, *t), operands(sample))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_forward_against_the_reference(sample: Sample, dtype: type) -> None:
+    if "reference" not in sample.op.variants:
+        pytest.skip(f"{sample.op.name} only looks at its operand in another way")
+    arrays = operands(sample, dtype)
+    tensors = [Tensor(a) for a in arrays]
+    got = apply(sample.op, *tensors)
+    with use_variant("reference"):
+        expected = apply(sample.op, *tensors)
+    assert got.dtype == dtype and got.shape == expected.shape
+    tolerance = 1e-5 if dtype == np.float32 else 1e-12
+    np.testing.assert_allclose(got.data, expected.data, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_float32_gradient_agrees_with_float64(sample: Sample) -> None:
+    grads: dict[type, list[Any]] = {}
+    for dtype in (np.float32, np.float64):
+        tensors = [Tensor(a, requires_grad=a.dtype.kind == "f") for a in operands(sample, dtype)]
+        out = apply(sample.op, *tensors)
+        out.backward(np.linspace(-1, 1, out.size).reshape(out.shape))
+        grads[dtype] = [t.grad for t in tensors]
+        for t in tensors:
+            assert t.grad is None or (t.grad.dtype == dtype and t.grad.shape == t.shape)
+    for a, b in zip(grads[np.float32], grads[np.float64], strict=True):
+        if a is not None:
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+TORCH: dict[str, Any] = {
+    "add": lambda T, op, a, b: a + b,
+    "sub": lambda T, op, a, b: a - b,
+    "mul": lambda T, op, a, b: a * b,
+    "div": lambda T, op, a, b: a / b,
+    "maximum": lambda T, op, a, b: T.maximum(a, b),
+    "minimum": lambda T, op, a, b: T.minimum(a, b),
+    "neg": lambda T, op, x: -x,
+    "exp": lambda T, op, x: x.exp(),
+    "log": lambda T, op, x: x.log(),
+    "sqrt": lambda T, op, x: x.sqrt(),
+    "absolute": lambda T, op, x: x.abs(),
+    "power": lambda T, op, x: x**op.exponent,
+    "relu": lambda T, op, x: x.relu(),
+    "tanh": lambda T, op, x: x.tanh(),
+    "sigmoid": lambda T, op, x: x.sigmoid(),
+    "matmul": lambda T, op, a, b: a @ b,
+    "linear": lambda T, op, x, w, b: (x @ w + b).relu() if op.relu else x @ w + b,
+    "sum": lambda T, op, x: x.sum(op.axes, keepdim=op.keepdims),
+    "max": lambda T, op, x: x.amax(op.axes, keepdim=op.keepdims),
+    "reshape": lambda T, op, x: x.reshape(op.shape),
+    "transpose": lambda T, op, x: x.permute(op.axes),
+    "concat": lambda T, op, *xs: T.cat(xs, op.axis),
+    "pad": lambda T, op, x: T.nn.functional.pad(
+        x, [n for w in reversed(op.widths) for n in w], value=op.value
+    ),
+    "index": None,  # torch has no negative steps
+    "take": lambda T, op, x, i: x[i],
+    "softmax": lambda T, op, x: x.softmax(op.axis),
+    "log_softmax": lambda T, op, x: x.log_softmax(op.axis),
+    "mse": lambda T, op, p, t: T.nn.functional.mse_loss(p, t),
+    "rmse": lambda T, op, p, t: (T.nn.functional.mse_loss(p, t) + op.eps).sqrt(),
+    "softmax_cross_entropy": lambda T, op, x, y: T.nn.functional.cross_entropy(
+        x, y, label_smoothing=op.smoothing
+    ),
+}
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_forward_and_gradient_against_torch(sample: Sample) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: peers)")
+    twin = TORCH[sample.op.name]
+    if twin is None:
+        pytest.skip(f"torch cannot express every {sample.op.name}")
+    arrays = operands(sample)
+    ours = [Tensor(a, requires_grad=a.dtype.kind == "f") for a in arrays]
+    theirs = [torch.tensor(a, requires_grad=a.dtype.kind == "f") for a in arrays]
+    got, expected = apply(sample.op, *ours), twin(torch, sample.op, *theirs)
+    np.testing.assert_allclose(got.data, expected.detach().numpy(), rtol=1e-9, atol=1e-12)
+    weights = np.linspace(-1, 2, got.size).reshape(got.shape)
+    got.backward(weights)
+    expected.backward(torch.tensor(weights))
+    for a, b in zip(ours, theirs, strict=True):
+        if a.requires_grad:
+            np.testing.assert_allclose(a.grad, b.grad.numpy(), rtol=1e-8, atol=1e-11)
+
+
+def test_every_op_has_a_torch_twin_or_a_reason() -> None:
+    assert set(TORCH) == set(registry)
+
+
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    st.data(),
+)
+def test_reductions_over_any_axes(shape: list[int], data: st.DataObject) -> None:
+    axes = data.draw(st.sets(st.integers(0, len(shape) - 1), min_size=1))
+    keep = data.draw(st.booleans())
+    x = np.random.default_rng(1).standard_normal(shape)
+    axis = tuple(sorted(axes))
+    for ours, theirs in (
+        (ops.sum, np.sum),
+        (ops.mean, np.mean),
+        (ops.max, np.max),
+        (ops.var, np.var),
+    ):
+        got = ours(Tensor(x), axis, keep).data
+        np.testing.assert_allclose(got, theirs(x, axis=axis, keepdims=keep), atol=1e-12)
+        gradcheck(lambda t, ours=ours: ours(t, axis, keep), [x], projections=1)
+
+
+@given(st.data())
+def test_broadcasting_gradients(data: st.DataObject) -> None:
+    full = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    a = [data.draw(st.sampled_from([1, n])) for n in full]
+    b = [data.draw(st.sampled_from([1, n])) for n in full][data.draw(st.integers(0, len(full))) :]
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(1, 2, a), rng.uniform(1, 2, b)
+    for op in (ops.add, ops.sub, ops.mul, ops.div):
+        gradcheck(op, [x, y], projections=1)
+
+
+@given(st.data())
+def test_indexing_is_numpys(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+    x = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
+    used = shape[: data.draw(st.integers(0, len(shape)))]
+    key: list[Any] = [data.draw(st.one_of(st.integers(-n, n - 1), st.slices(n))) for n in used]
+    key.insert(data.draw(st.integers(0, len(key))), data.draw(st.sampled_from([None, Ellipsis])))
+    expected = x[tuple(key)]
+    np.testing.assert_array_equal(Tensor(x)[tuple(key)].data, expected)
+    if expected.size:
+        gradcheck(lambda t: t[tuple(key)], [x], projections=1)
+
+
+def test_power_with_a_tensor_as_exponent() -> None:
+    rng = np.random.default_rng(0)
+    gradcheck(ops.power, [rng.uniform(0.5, 2, (3,)), rng.uniform(-1, 2, (3,))])
+
+
+def test_rmse_gradient_is_finite_at_zero_loss() -> None:
+    p = Tensor(np.ones((4, 1), np.float32), requires_grad=True)
+    out = ops.rmse(p, np.ones((4, 1), np.float32))
+    out.backward()
+    assert 0 < out.item() < 1e-5
+    np.testing.assert_array_equal(p.grad, np.zeros((4, 1)))
+
+
+def test_sigmoid_and_softmax_do_not_overflow() -> None:
+    x = Tensor(np.array([-1e4, 0.0, 1e4], np.float32))
+    np.testing.assert_allclose(x.sigmoid().data, [0, 0.5, 1])
+    np.testing.assert_allclose(x.softmax().data, [0, 0, 1])
+    assert np.isfinite(ops.softmax_cross_entropy(x.reshape(1, 3), [0]).item())
+
+
+def test_non_finite_values_pass_as_ieee_says() -> None:
+    x = np.array([np.nan, np.inf, -np.inf], np.float32)
+    np.testing.assert_array_equal(ops.relu(x).data, [np.nan, np.inf, 0])
+    np.testing.assert_array_equal((Tensor(x) + 1).data, [np.nan, np.inf, -np.inf])
+    assert np.isnan(ops.linear(x.reshape(1, 3), np.ones((3, 1), np.float32)).item())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: ops.add(np.ones(2), np.ones(3)), ShapeError, r"Add.*broadcast.*\(2,\), \(3,\)"),
+        (lambda: ops.matmul(np.ones((2, 3)), np.ones((2, 3))), ShapeError, "Matmul"),
+        (lambda: ops.linear(np.ones((2, 3)), np.ones((4, 5))), ShapeError, r"Linear.*\(4, 5\)"),
+        (
+            lambda: ops.linear(np.ones((2, 3)), np.ones((3, 5)), np.ones(4)),
+            ShapeError,
+            r"bias \(N,\)",
+        ),
+        (lambda: ops.linear(np.ones((0, 3)), np.ones((3, 5))), ShapeError, "at least one row"),
+        (lambda: ops.mse(np.ones((3, 1)), np.ones(3)), ShapeError, r"Mse.*\(3, 1\), \(3,\)"),
+        (lambda: ops.rmse(np.ones((0, 1)), np.ones((0, 1))), ShapeError, "not empty"),
+        (lambda: ops.rmse(np.ones(1), np.ones(1), eps=-1), TinynnError, "eps"),
+        (lambda: ops.reshape(np.ones(4), 3), ShapeError, "4 elements"),
+        (lambda: ops.transpose(np.ones((2, 3)), (0, 0)), ShapeError, "distinct"),
+        (lambda: ops.sum(np.ones((2, 3)), 2), ShapeError, "axes"),
+        (lambda: ops.max(np.ones((0, 3)), 0), ShapeError, "at least one element"),
+        (lambda: ops.var(np.ones(1), ddof=1), ShapeError, "more than 1"),
+        (lambda: ops.concat([np.ones((2, 3)), np.ones((2, 4))], 0), ShapeError, "Concat"),
+        (lambda: ops.concat([]), ShapeError, "at least one"),
+        (lambda: ops.pad(np.ones(2), [(1, -1)]), ShapeError, "Pad"),
+        (lambda: ops.index(np.ones(2), "a"), DTypeError, "index"),
+        (lambda: ops.index(np.ones(2), 2), IndexError, "out of range"),
+        (lambda: ops.take(np.ones(2), [2]), IndexError, "Take"),
+        (lambda: ops.take(np.ones(2), [0.5]), DTypeError, "integers"),
+        (
+            lambda: ops.softmax_cross_entropy(np.ones((2, 3)), [0, 3]),
+            DataError,
+            "came 3 in row 1",
+        ),
+        (lambda: ops.softmax_cross_entropy(np.ones((2, 3)), [0]), ShapeError, "labels"),
+        (
+            lambda: ops.softmax_cross_entropy(np.ones((1, 3)), [0], smoothing=1.0),
+            TinynnError,
+            "smoothing",
+        ),
+    ],
+)
+def test_bad_operands_are_refused_by_name(call: Any, error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_gradcheck_finds_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(self: Op, grad: np.ndarray, saved: Any) -> tuple[np.ndarray]:
+        return (grad * saved[0] * 1.01,)
+
+    monkeypatch.setattr(registry["exp"], "backward", wrong)
+    with pytest.raises(GradientError, match="operand 0"):
+        gradcheck(ops.exp, [np.ones(3)])

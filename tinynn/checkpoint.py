@@ -1,0 +1,126 @@
+"""Checkpoints: everything a training needs to continue bit for bit, in one file.
+
+The file holds the parameters and buffers, the optimiser's arrays, and as text the position in the
+data, the schedule, every random generator of the model, and the history so far.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinynn.errors import ConfigError, FileFormatError, TinynnError
+from tinynn.nn.module import Module
+from tinynn.nn.serialize import describe
+from tinynn.op import Array
+from tinynn.optim import Optimizer
+from tinynn.schedule import Schedule
+from tinynn.storage import PathLike, parse_json, read_tensors, write_tensors
+
+_FORMAT = "1"
+
+
+@dataclass
+class Progress:
+    """Where a training stands."""
+
+    epoch: int = 0  #: finished epochs
+    step: int = 0  #: optimiser steps so far
+    total: float = 0.0  #: losses of the unfinished epoch, summed
+    batches: int = 0  #: how many losses that were
+
+
+def save_checkpoint(
+    path: PathLike,
+    model: Module,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    data: Any,
+    progress: Progress,
+    records: list[dict[str, Any]],
+) -> None:
+    """Write the state of a training to `path`, atomically."""
+    tensors = {f"model/{name}": a for name, a in model.state_dict().items()}
+    numbers = {}
+    for name, value in optimizer.state_dict().items():
+        if isinstance(value, np.ndarray):
+            tensors[f"optimizer/{name}"] = value
+        else:
+            numbers[name] = value
+    state = {
+        "progress": vars(progress),
+        "records": records,
+        "optimizer": numbers,
+        "schedule": schedule.state_dict(),
+        "data": data.state_dict() if hasattr(data, "state_dict") else None,
+        "generators": [g.bit_generator.state for g in _generators(model)],
+    }
+    header = {
+        "tinynn-checkpoint": _FORMAT,
+        "model": describe(model),
+        "state": json.dumps(state, allow_nan=False),
+    }
+    write_tensors(path, tensors, header)
+
+
+def load_checkpoint(
+    path: PathLike,
+    model: Module,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    data: Any,
+) -> tuple[Progress, list[dict[str, Any]]]:
+    """Bring everything given to the state that `save_checkpoint` wrote, and return the rest.
+
+    Raises FileFormatError if the file is damaged, ConfigError if it belongs to another model,
+    optimiser or data set; the model is then as it was.
+    """
+    tensors, metadata = read_tensors(path)
+    if metadata.get("tinynn-checkpoint") != _FORMAT:
+        raise FileFormatError(f"{path}: holds no training checkpoint of format {_FORMAT}")
+    state = parse_json(metadata.get("state", ""), str(path))
+    try:
+        generators = _generators(model)
+        if len(generators) != len(state["generators"]):
+            raise ConfigError(f"{path}: the checkpoint belongs to a model with other generators")
+        before = model.state_dict()
+        model.load_state_dict(_part(tensors, "model/"))
+        try:
+            optimizer.load_state_dict({**state["optimizer"], **_part(tensors, "optimizer/")})
+            schedule.load_state_dict(state["schedule"])
+            if state["data"] is not None:
+                data.load_state_dict(state["data"])
+        except TinynnError:
+            model.load_state_dict(before)
+            raise
+        for generator, bits in zip(generators, state["generators"], strict=True):
+            generator.bit_generator.state = bits
+        return Progress(**state["progress"]), list(state["records"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, TinynnError):
+            raise
+        raise FileFormatError(f"{path}: its training state cannot be read: {error!r}") from error
+
+
+def exists(path: PathLike | None) -> bool:
+    """Whether there is a checkpoint to resume from."""
+    return path is not None and Path(path).exists()
+
+
+def _part(tensors: dict[str, Array], prefix: str) -> dict[str, Array]:
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _generators(model: Module) -> list[np.random.Generator]:
+    """Every random generator in the module tree, in its order, shared ones once."""
+    found = {
+        id(v): v
+        for _, m in model.named_modules()
+        for v in vars(m).values()
+        if isinstance(v, np.random.Generator)
+    }
+    return list(found.values())

@@ -1,0 +1,77 @@
+"""How much a channel matters: a group and what was observed of it -> one score per channel.
+
+Every function here takes (group, observer, parameters by path) and returns scores in which larger
+means more important; `select` decides which scores stay. A group that several layers read is judged
+by the reader that needs the channel most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from tinynn.errors import ConfigError
+from tinynn.graph import Group
+from tinynn.observe import Observer
+from tinynn.op import Array
+
+Importance = Callable[[Group, Observer, Mapping[str, Array]], Array]
+
+
+def activation_count(group: Group, seen: Observer, parameters: Mapping[str, Array]) -> Array:
+    """On how many samples the channel was above zero (Çallı 2017, section 2.1.3)."""
+    return np.max([seen[r.value].count for r in group.readers], axis=0)
+
+
+def activation_rate(group: Group, seen: Observer, parameters: Mapping[str, Array]) -> Array:
+    """On which share of the samples the channel was above zero."""
+    return np.max([seen[r.value].rate for r in group.readers], axis=0)
+
+
+def activation_variance(group: Group, seen: Observer, parameters: Mapping[str, Array]) -> Array:
+    """The variance of the channel over the samples (Çallı 2017, section 2.1.3)."""
+    return np.max([seen[r.value].variance for r in group.readers], axis=0)
+
+
+def l1(group: Group, seen: Observer, parameters: Mapping[str, Array]) -> Array:
+    """Sum of absolute weights that make the channel (Li et al. 2017, "Pruning Filters")."""
+    return _norm(group, parameters, 1)
+
+
+def l2(group: Group, seen: Observer, parameters: Mapping[str, Array]) -> Array:
+    """Root of the summed squared weights that make the channel."""
+    return _norm(group, parameters, 2)
+
+
+def random(rng: np.random.Generator) -> Importance:
+    """Scores that know nothing: the control of every criterion."""
+
+    def score(group: Group, seen: Observer, parameters: Mapping[str, Array]) -> Array:
+        return rng.random(group.size)
+
+    return score
+
+
+def by_name(name: str, rng: np.random.Generator) -> Importance:
+    """The criterion of this name, for instance from a command line; `rng` is for "random"."""
+    known: dict[str, Importance] = {
+        "count": activation_count,
+        "rate": activation_rate,
+        "variance": activation_variance,
+        "l1": l1,
+        "l2": l2,
+        "random": random(rng),
+    }
+    if name not in known:
+        raise ConfigError(f"importance: required one of {sorted(known)}; came {name!r}")
+    return known[name]
+
+
+def _norm(group: Group, parameters: Mapping[str, Array], order: int) -> Array:
+    total = np.zeros(group.size)
+    for member in group.writers:
+        if parameters[member.name].ndim > 1:  # biases say where, not how much
+            rows = np.moveaxis(parameters[member.name], member.axis, -1).reshape(-1, group.size)
+            total += (np.abs(rows.astype(np.float64)) ** order).sum(axis=0)
+    return total ** (1 / order)

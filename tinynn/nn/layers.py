@@ -1,0 +1,112 @@
+"""Layers: a module for each op that has parameters or a state, and the plain activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from tinynn import init, ops
+from tinynn.errors import ConfigError, ShapeError
+from tinynn.nn.module import Module, Parameter
+from tinynn.op import Array
+from tinynn.tensor import Tensor
+
+Initialiser = Callable[..., Array]
+
+
+class Linear(Module):
+    """y = x @ weight + bias: x (B, m_in), weight (m_in, m_out), bias (m_out,), y (B, m_out)."""
+
+    rectifies = True
+
+    def __init__(
+        self,
+        m_in: int,
+        m_out: int,
+        *,
+        bias: bool = True,
+        weight_init: Initialiser = init.he_normal,
+        bias_init: Initialiser = init.zeros,
+        rng: np.random.Generator,
+        dtype: npt.DTypeLike = np.float32,
+    ) -> None:
+        if m_in < 1 or m_out < 1:
+            raise ConfigError(f"Linear: required sizes >= 1; came {m_in} and {m_out}")
+        self.weight = Parameter(weight_init((m_in, m_out), rng, dtype), copy=False)
+        self.bias = Parameter(bias_init((m_out,), rng, dtype), copy=False) if bias else None
+
+    def check(self) -> None:
+        """Raise ShapeError unless the bias fits the weights."""
+        shape = None if self.bias is None else self.bias.shape
+        if self.weight.ndim != 2 or (shape is not None and shape != self.weight.shape[1:]):
+            raise ShapeError(f"Linear: weight {self.weight.shape} and bias {shape} do not fit")
+
+    def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        return ops.linear(x, self.weight, self.bias, relu=relu)
+
+    def extra(self) -> str:
+        """The sizes."""
+        return f"{self.weight.shape[0]} -> {self.weight.shape[1]}, bias={self.bias is not None}"
+
+
+class ReLU(Module):
+    """max(x, 0)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.relu(x)
+
+
+class Tanh(Module):
+    """The hyperbolic tangent."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.tanh(x)
+
+
+class Sigmoid(Module):
+    """1 / (1 + e ** -x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.sigmoid(x)
+
+
+class Softmax(Module):
+    """exp(x) over its sum along the last axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.softmax(x)
+
+
+class Flatten(Module):
+    """(B, ...) to (B, rest)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.flatten(x)
+
+
+class Dropout(Module):
+    """Zero each value with probability p in training and scale the rest by 1 / (1 - p).
+
+    Srivastava et al. 2014, "Dropout: A Simple Way to Prevent Neural Networks from Overfitting",
+    in the inverted form: nothing happens outside training.
+    """
+
+    def __init__(self, p: float, *, rng: np.random.Generator) -> None:
+        self.p = float(p)
+        self.rng = rng
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError unless 0 <= p < 1."""
+        if not (isinstance(self.p, float) and 0 <= self.p < 1):
+            raise ConfigError(f"Dropout: required 0 <= p < 1; came {self.p!r}")
+        if not isinstance(self.rng, np.random.Generator):
+            raise ConfigError(f"Dropout: required a numpy Generator as rng; came {self.rng!r}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        kept = self.rng.random(x.shape, dtype=np.float32) >= self.p
+        return ops.mul(x, Tensor(kept.astype(x.dtype) / x.dtype.type(1 - self.p), copy=False))

@@ -1,0 +1,220 @@
+"""Module: a tree of named parts. What is assigned as an attribute is found by the tree walk.
+
+A Parameter is trained, an array is a buffer (saved, not trained), a Module is a child, and plain
+values (numbers, text, a random generator) are the module's configuration.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from tinynn.errors import ConfigError, DTypeError, ShapeError
+from tinynn.op import Array
+from tinynn.tensor import Tensor
+
+Self = TypeVar("Self", bound="Module")
+
+#: Modules whose forward is running now, outermost first: a trace reads it to name the ops' places.
+running: list[Module] = []
+
+
+class Parameter(Tensor):
+    """A leaf that is trained."""
+
+    __slots__ = ()
+
+    def __init__(self, values: npt.ArrayLike, *, copy: bool = True) -> None:
+        super().__init__(values, requires_grad=True, copy=copy)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
+        return Parameter(self._data)
+
+
+class Module:
+    """Base of layers and models: assign parts in `__init__`, compute in `forward`."""
+
+    #: every Module class by name, so that a saved model can be built again: see `kind`
+    registry: ClassVar[dict[str, type[Module]]] = {}
+    #: whether `forward` takes `relu=True` and applies a following ReLU in the same pass
+    rectifies: ClassVar[bool] = False
+
+    training: bool = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Module.registry[cls.kind()] = cls
+
+    @classmethod
+    def kind(cls) -> str:
+        """The name in saved files: the class's own for tinynn's, with its module for others'."""
+        own = cls.__module__.split(".")[0] == "tinynn"
+        return cls.__qualname__ if own else f"{cls.__module__}.{cls.__qualname__}"
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """What the module computes."""
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def check(self) -> None:
+        """Raise unless the parts fit together; called for whatever is loaded from a file."""
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        running.append(self)
+        try:
+            return self.forward(*inputs, **kwargs)
+        finally:
+            running.pop()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, list | tuple) and any(isinstance(v, Module | Tensor) for v in value):
+            raise ConfigError(
+                f"{type(self).__name__}.{name}: modules in a plain list are not found by the tree "
+                "walk; put them in a Sequential or give each a name"
+            )
+        super().__setattr__(name, value)
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        """(name, module) of the direct parts, in the order of assignment."""
+        yield from ((k, v) for k, v in vars(self).items() if isinstance(v, Module))
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """(dotted path, module) of this module (path "") and all below it, each once."""
+        seen: set[int] = set()
+        stack: list[tuple[str, Module]] = [(prefix, self)]
+        while stack:
+            path, module = stack.pop()
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            yield path, module
+            children = [(f"{path}.{k}" if path else k, m) for k, m in module.named_children()]
+            stack.extend(reversed(children))
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """(dotted path, parameter) of all below, each once even if it is shared."""
+        seen: set[int] = set()
+        for path, value in self._named_values(Parameter):
+            if id(value) not in seen:
+                seen.add(id(value))
+                yield path, value
+
+    def named_buffers(self) -> Iterator[tuple[str, Array]]:
+        """(dotted path, array) of what is saved but not trained."""
+        yield from self._named_values(np.ndarray)
+
+    def parameters(self) -> list[Parameter]:
+        """All parameters, each once."""
+        return [p for _, p in self.named_parameters()]
+
+    def _named_values(self, kind: type) -> Iterator[tuple[str, Any]]:
+        for path, module in self.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, kind):
+                    yield f"{path}.{name}" if path else name, value
+
+    def size(self) -> int:
+        """The number of trained values."""
+        return sum(p.size for p in self.parameters())
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """Behave as in training (dropout drops); returns self."""
+        for _, module in self.named_modules():
+            module.training = mode
+        return self
+
+    def eval(self: Self) -> Self:
+        """Behave as in use: deterministic; returns self."""
+        return self.train(False)
+
+    def zero_grad(self) -> None:
+        """Forget all accumulated gradients."""
+        for p in self.parameters():
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of all parameters and buffers by dotted path."""
+        values = {k: p.numpy() for k, p in self.named_parameters()}
+        return values | {k: b.copy() for k, b in self.named_buffers()}
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Take over values by path; nothing is changed unless every name, shape and dtype fits.
+
+        Raises ConfigError for missing or unknown names, ShapeError and DTypeError for misfits.
+        """
+        own: dict[str, Any] = dict(self.named_parameters()) | dict(self.named_buffers())
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or unknown:
+            raise ConfigError(f"load_state_dict: missing {missing}, unknown {unknown}")
+        for name, value in own.items():
+            came = np.asarray(state[name])
+            if came.shape != value.shape:
+                raise ShapeError(f"{name}: required shape {value.shape}; came {came.shape}")
+            if came.dtype != value.dtype:
+                raise DTypeError(f"{name}: required {value.dtype}; came {came.dtype}")
+        for name, value in own.items():
+            target = value.mutate() if isinstance(value, Tensor) else value
+            target[...] = state[name]
+
+    def copy(self: Self) -> Self:
+        """An independent model with the same values; gradients and history stay behind."""
+        return copy.deepcopy(self)
+
+    def astype(self: Self, dtype: npt.DTypeLike) -> Self:
+        """A copy in another floating dtype, for instance float64 for gradient checks."""
+        out = self.copy()
+        for _, module in out.named_modules():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Parameter):
+                    setattr(module, name, Parameter(value._data.astype(dtype)))
+                elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
+                    setattr(module, name, value.astype(dtype))
+        return out
+
+    def extra(self) -> str:
+        """What `repr` shows of a layer besides its class."""
+        shown = {k: v for k, v in vars(self).items() if isinstance(v, int | float | str)}
+        return ", ".join(f"{k}={v}" for k, v in shown.items() if k != "training")
+
+    def __repr__(self) -> str:
+        lines = []
+        for path, module in self.named_modules():
+            depth = path.count(".") + 1 if path else 0
+            label = f"{path.rsplit('.', 1)[-1]}: " if path else ""
+            lines.append("  " * depth + f"{label}{type(module).__name__}({module.extra()})")
+        return "\n".join(lines) + f"\n{self.size():,} parameters"
+
+
+class Sequential(Module):
+    """Modules one after the other: `Sequential(a, b)` names them "0", "1"; keywords name them."""
+
+    def __init__(self, *modules: Module, **named: Module) -> None:
+        for name, module in [*((str(i), m) for i, m in enumerate(modules)), *named.items()]:
+            if not isinstance(module, Module):
+                raise ConfigError(f"Sequential: required modules; came {module!r} as {name!r}")
+            setattr(self, name, module)
+
+    def forward(self, x: Any) -> Any:
+        layers = [*self, None]
+        skip = False
+        for layer, following in pairwise(layers):
+            if skip:
+                skip = False
+            elif layer is not None and layer.rectifies and type(following).__name__ == "ReLU":
+                x, skip = layer(x, relu=True), True
+            elif layer is not None:
+                x = layer(x)
+        return x
+
+    def __iter__(self) -> Iterator[Module]:
+        return (m for _, m in self.named_children())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, position: int) -> Module:
+        return list(self)[position]

@@ -1,0 +1,144 @@
+"""Save a model with its architecture, load it without being told its sizes.
+
+The header of the safetensors file holds the module tree as JSON: kinds, configuration, and which
+tensor is which. Kinds are looked up among the Module classes that are already imported; nothing in
+a file is imported, called or evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from tinynn.errors import ConfigError, FileFormatError, TinynnError
+from tinynn.nn.module import Module, Parameter
+from tinynn.op import Array
+from tinynn.storage import PathLike, parse_json, read_tensors, write_tensors
+
+_FORMAT = "1"
+_DEEPEST = 64  #: levels of modules; real models have fewer than ten
+_GENERATORS = {"PCG64": np.random.PCG64, "PCG64DXSM": np.random.PCG64DXSM}
+
+
+def save(path: PathLike, model: Module) -> None:
+    """Write parameters, buffers and architecture to one safetensors file, atomically."""
+    write_tensors(path, model.state_dict(), {"tinynn": _FORMAT, "model": describe(model)})
+
+
+def load(path: PathLike) -> Module:
+    """Build the model that `save` wrote, with the sizes it had then, in eval mode.
+
+    Raises FileFormatError for anything that is not a whole file of ours, or that names a module
+    class which is not imported.
+    """
+    arrays, metadata = read_tensors(path)
+    if metadata.get("tinynn") != _FORMAT or "model" not in metadata:
+        raise FileFormatError(f"{path}: holds no model of format {_FORMAT}")
+    return build(metadata["model"], arrays, str(path))
+
+
+def describe(model: Module) -> str:
+    """The module tree as JSON."""
+    return json.dumps(_describe(model, "", {}))
+
+
+def build(description: str, arrays: dict[str, Array], where: str) -> Module:
+    """The module tree that `describe` wrote, with `arrays` by dotted path as its values."""
+    builder = _Builder(arrays, where)
+    try:
+        model = builder.module(parse_json(description, where), 0)
+    except FileFormatError:
+        raise
+    except (TinynnError, LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as e:
+        raise FileFormatError(f"{where}: its architecture cannot be built: {e!r}") from e
+    if unclaimed := sorted(arrays.keys() - builder.values.keys()):
+        raise FileFormatError(f"{where}: tensors that belong to no module: {unclaimed}")
+    return model.eval()
+
+
+def _describe(module: Module, path: str, names: dict[int, str]) -> dict[str, Any]:
+    """`names` maps shared parameters and generators to the path where they came first."""
+    parts: list[list[Any]] = []
+    for name, value in vars(module).items():
+        full = f"{path}.{name}" if path else name
+        if name == "training":
+            continue
+        if isinstance(value, Module):
+            parts.append([name, "module", _describe(value, full, names)])
+        elif isinstance(value, Parameter):
+            parts.append([name, "parameter", names.setdefault(id(value), full)])
+        elif isinstance(value, np.ndarray):
+            parts.append([name, "buffer", full])
+        elif isinstance(value, np.random.Generator):
+            first = names.setdefault(id(value), full)
+            parts.append([name, "generator", {**value.bit_generator.state, "path": first}])
+        elif value is None or isinstance(value, bool | int | float | str):
+            parts.append([name, "value", value])
+        elif isinstance(value, tuple):
+            parts.append([name, "tuple", list(value)])
+        else:
+            raise ConfigError(f"{type(module).__name__}.{name}: cannot save {type(value).__name__}")
+    return {"kind": type(module).kind(), "parts": parts}
+
+
+class _Builder:
+    """Turns an untrusted description into modules; every step refuses what it does not know."""
+
+    def __init__(self, arrays: dict[str, Array], where: str) -> None:
+        self.arrays = arrays
+        self.where = where
+        self.values: dict[str, Parameter | Array] = {}
+        self.generators: dict[str, np.random.Generator] = {}
+
+    def module(self, tree: Any, depth: int) -> Module:
+        if depth > _DEEPEST:
+            raise FileFormatError(f"{self.where}: modules nested deeper than {_DEEPEST}")
+        kind = Module.registry.get(tree["kind"])
+        if kind is None:
+            raise FileFormatError(
+                f"{self.where}: module class {tree['kind']!r} is not known; import it first"
+            )
+        module = kind.__new__(kind)
+        for name, what, value in tree["parts"]:
+            if not isinstance(name, str) or not (name.isidentifier() or name.isdigit()):
+                raise FileFormatError(f"{self.where}: {name!r} is no attribute name")
+            if name.startswith("_") or callable(getattr(kind, name, None)):
+                raise FileFormatError(f"{self.where}: {tree['kind']}.{name} is reserved")
+            setattr(module, name, self.part(what, value, depth))
+        module.check()
+        return module
+
+    def part(self, what: str, value: Any, depth: int) -> Any:
+        if what == "module":
+            return self.module(value, depth + 1)
+        if what == "parameter":
+            if value not in self.values:
+                self.values[value] = Parameter(self.array(value))
+            return self.values[value]
+        if what == "buffer":
+            self.values[value] = self.array(value)
+            return self.values[value]
+        if what == "generator":
+            return self.generators.setdefault(value.pop("path"), _generator(value))
+        if what == "tuple" and isinstance(value, list):
+            return _as_tuple(value)
+        if what == "value" and (value is None or isinstance(value, bool | int | float | str)):
+            return value
+        raise FileFormatError(f"{self.where}: unknown part {what!r}")
+
+    def array(self, name: str) -> Array:
+        if name not in self.arrays:
+            raise FileFormatError(f"{self.where}: tensor {name!r} is missing")
+        return self.arrays[name]
+
+
+def _generator(state: dict[str, Any]) -> np.random.Generator:
+    bits = _GENERATORS[state["bit_generator"]]()
+    bits.state = state
+    return np.random.Generator(bits)
+
+
+def _as_tuple(values: list[Any]) -> tuple[Any, ...]:
+    return tuple(_as_tuple(v) if isinstance(v, list) else v for v in values)

@@ -1,0 +1,191 @@
+"""Losses, and the softmax that the classification loss stands on."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from kernels import loss as kernels
+from kernels import reference
+from tinynn.errors import ConfigError, DataError
+from tinynn.op import Array, Op, Sample, Saved, declare
+from tinynn.ops._common import Operand, integers, normal_axes, tensor
+from tinynn.tensor import Tensor, apply
+
+
+@declare
+class Softmax(Op):
+    """exp(x_i) / sum_j exp(x_j) along `axis`, shifted by the maximum against overflow."""
+
+    axis: int = -1
+
+    variants = {
+        "numpy": lambda x, axis: _softmax(x, axis),
+        "reference": reference.softmax,
+    }
+    samples = staticmethod(lambda: [Sample(Softmax(), ((3, 4),)), Sample(Softmax(0), ((3, 4),))])
+
+    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
+        y = self.kernel()(arrays[0], self.axis)
+        return y, (y,)
+
+    def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
+        (y,) = saved
+        gy = grad * y
+        return (gy - y * gy.sum(axis=self.axis, keepdims=True),)
+
+
+@declare
+class LogSoftmax(Op):
+    """x_i - log(sum_j exp(x_j)) along `axis`."""
+
+    axis: int = -1
+
+    variants = {
+        "numpy": lambda x, axis: _log_softmax(x, axis),
+        "reference": lambda x, axis: reference.elementwise(math.log, reference.softmax(x, axis)),
+    }
+    samples = staticmethod(lambda: [Sample(LogSoftmax(), ((3, 4),))])
+
+    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
+        y = self.kernel()(arrays[0], self.axis)
+        return y, (y,)
+
+    def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
+        (y,) = saved
+        return (grad - np.exp(y) * grad.sum(axis=self.axis, keepdims=True),)
+
+
+class _Regression(Op):
+    channels = "end"
+
+    def _check(self, prediction: Array, target: Array) -> None:
+        # No broadcasting here: (B, 1) against (B,) would silently compare all with all.
+        if prediction.shape != target.shape or not prediction.size:
+            raise self.reject("prediction and target of one shape, not empty", prediction, target)
+
+
+@declare
+class Mse(_Regression):
+    """mean((prediction - target) ** 2) over all elements."""
+
+    variants = {"numba": kernels.mse, "reference": reference.mse}
+    samples = staticmethod(lambda: [Sample(Mse(), ((5, 3), (5, 3)))])
+
+    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
+        self._check(*arrays)
+        return np.asarray(self.kernel()(*arrays), arrays[0].dtype), arrays
+
+    def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
+        prediction, target = saved
+        g = kernels.mse_grad(prediction, target, float(grad))
+        return g, -g
+
+
+@declare
+class Rmse(_Regression):
+    """sqrt(mean((prediction - target) ** 2) + eps): eps keeps the gradient finite at zero loss."""
+
+    eps: float = 1e-12
+
+    variants = {
+        "numba": lambda p, t, eps: math.sqrt(kernels.mse(p, t) + eps),
+        "reference": lambda p, t, eps: math.sqrt(reference.mse(p, t) + eps),
+    }
+    samples = staticmethod(lambda: [Sample(Rmse(), ((5, 3), (5, 3)))])
+
+    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
+        self._check(*arrays)
+        root = self.kernel()(*arrays, self.eps)
+        return np.asarray(root, arrays[0].dtype), (*arrays, root)
+
+    def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
+        prediction, target, root = saved
+        g = kernels.mse_grad(prediction, target, float(grad) / (2 * root))
+        return g, -g
+
+
+@declare
+class SoftmaxCrossEntropy(Op):
+    """Mean over rows of -sum_c q_c log softmax(logits)_c.
+
+    q puts 1 - smoothing + smoothing / C on the label and smoothing / C on the other classes
+    (Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7).
+    """
+
+    smoothing: float = 0.0
+
+    channels = "end"
+    variants = {
+        "numba": kernels.softmax_cross_entropy,
+        "reference": reference.softmax_cross_entropy,
+    }
+    samples = staticmethod(
+        lambda: [Sample(SoftmaxCrossEntropy(s), ((6, 4), (6,)), labels=4) for s in (0.0, 0.1)]
+    )
+
+    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
+        logits, labels = arrays
+        if logits.ndim != 2 or labels.shape != logits.shape[:1] or not logits.size:
+            raise self.reject("logits (B, C) and labels (B,), not empty", logits, labels)
+        wrong = (labels < 0) | (labels >= logits.shape[1])
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise DataError(
+                f"{self}: required labels in [0, {logits.shape[1]}); came {labels[row]} in row "
+                f"{row} ({int(wrong.sum())} of {len(labels)} are out of range)"
+            )
+        value, softmax = self.kernel()(logits, labels, self.smoothing)
+        return np.asarray(value, logits.dtype), (softmax, labels)
+
+    def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
+        softmax, labels = saved
+        return kernels.softmax_cross_entropy_grad(
+            softmax, labels, self.smoothing, float(grad)
+        ), None
+
+
+def _softmax(x: Array, axis: int) -> Array:
+    e = np.exp(x - x.max(axis=axis, keepdims=True))
+    return e / e.sum(axis=axis, keepdims=True)
+
+
+def _log_softmax(x: Array, axis: int) -> Array:
+    shifted = x - x.max(axis=axis, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
+
+
+def softmax(x: Operand, axis: int = -1) -> Tensor:
+    """exp(x) over its sum along `axis`."""
+    x = tensor(x)
+    return apply(Softmax(*normal_axes("softmax", axis, x.shape)), x)
+
+
+def log_softmax(x: Operand, axis: int = -1) -> Tensor:
+    """The logarithm of softmax(x), computed without underflow."""
+    x = tensor(x)
+    return apply(LogSoftmax(*normal_axes("log_softmax", axis, x.shape)), x)
+
+
+def mse(prediction: Operand, target: Operand) -> Tensor:
+    """Mean squared error over all elements; both operands of one shape."""
+    return apply(Mse(), tensor(prediction), tensor(target))
+
+
+def rmse(prediction: Operand, target: Operand, *, eps: float = 1e-12) -> Tensor:
+    """Root of the mean squared error plus eps; both operands of one shape."""
+    if not eps >= 0:
+        raise ConfigError(f"rmse: required eps >= 0; came {eps}")
+    return apply(Rmse(eps), tensor(prediction), tensor(target))
+
+
+def softmax_cross_entropy(
+    logits: Operand, labels: npt.ArrayLike | Tensor, *, smoothing: float = 0.0
+) -> Tensor:
+    """Mean cross entropy of logits (B, C) against class numbers (B,), with label smoothing."""
+    if not 0 <= smoothing < 1:
+        raise ConfigError(f"softmax_cross_entropy: required 0 <= smoothing < 1; came {smoothing}")
+    name = "softmax_cross_entropy"
+    return apply(SoftmaxCrossEntropy(smoothing), tensor(logits), integers(name, labels))

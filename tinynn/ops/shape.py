@@ -1,0 +1,248 @@
+"""Ops that move elements without changing them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kernels import reference
+from tinynn.errors import DTypeError, ShapeError
+from tinynn.op import Array, Op, Sample, Saved, Shape, declare
+from tinynn.ops._common import Operand, integers, normal_axes, tensor
+from tinynn.tensor import Tensor, apply
+
+#: A slice as (start, stop, step): slices themselves are not hashable before Python 3.12.
+Key = tuple[int | None, int | None, int | None]
+
+_KEYS = (int, np.integer, slice, type(None), type(Ellipsis))
+
+
+@declare
+class Reshape(Op):
+    """The same elements in row-major order under another shape."""
+
+    shape: Shape = ()
+
+    variants = {"numpy": np.reshape}
+    samples = staticmethod(lambda: [Sample(Reshape((4, 3)), ((2, 6),))])
+
+    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
+        (x,) = arrays
+        if x.size != math.prod(self.shape):
+            raise self.reject(f"{math.prod(self.shape)} elements", x)
+        return self.kernel()(x, self.shape), (x.shape,)
+
+    def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
+        return (grad.reshape(saved[0]),)
+
+
+@declare
+class Transpose(Op):
+    """The axes in another order: result axis i is operand axis axes[i]."""
+
+    axes: tuple[int, ...] = ()
+
+    variants = {
+        "numpy": lambda x, axes: np.ascontiguousarray(x.transpose(axes)),
+        "reference": reference.transpose,
+    }
+    samples = staticmethod(lambda: [Sample(Transpose((2, 0, 1)), ((2, 3, 4),))])
+
+    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
+        return self.kernel()(arrays[0], self.axes), ()
+
+    def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
+        return (np.ascontiguousarray(grad.transpose(np.argsort(self.axes))),)
+
+
+@declare
+class Concat(Op):
+    """Operands side by side along `axis`."""
+
+    axis: int = 0
+
+    channels = "stack"
+    variants = {
+        "numpy": lambda arrays, axis: np.concatenate(arrays, axis),
+        "reference": reference.concat,
+    }
+    samples = staticmethod(lambda: [Sample(Concat(1), ((2, 3), (2, 1), (2, 4)))])
+
+    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
+        first = arrays[0].shape
+        for a in arrays:
+            same = a.shape[: self.axis] + a.shape[self.axis + 1 :]
+            if a.ndim != len(first) or same != first[: self.axis] + first[self.axis + 1 :]:
+                raise self.reject(f"equal shapes but for axis {self.axis}", *arrays)
+        return self.kernel()(arrays, self.axis), tuple(a.shape[self.axis] for a in arrays)
+
+    def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
+        parts = np.split(grad, np.cumsum(saved)[:-1], axis=self.axis)
+        return tuple(np.ascontiguousarray(p) for p in parts)
+
+
+@declare
+class Pad(Op):
+    """Constant elements before and after each axis: widths[i] = (before, after) of axis i."""
+
+    widths: tuple[tuple[int, int], ...] = ()
+    value: float = 0.0
+
+    variants = {
+        "numpy": lambda x, widths, value: np.pad(x, widths, constant_values=value),
+        "reference": reference.pad,
+    }
+    samples = staticmethod(lambda: [Sample(Pad(((1, 0), (2, 3)), 0.5), ((2, 3),))])
+
+    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
+        (x,) = arrays
+        if len(self.widths) != x.ndim or any(n < 0 for pair in self.widths for n in pair):
+            raise self.reject("one pair of widths >= 0 for each axis", x)
+        return self.kernel()(x, self.widths, self.value), (x.shape,)
+
+    def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
+        inner = tuple(slice(b, b + n) for (b, _), n in zip(self.widths, saved[0], strict=True))
+        return (np.ascontiguousarray(grad[inner]),)
+
+
+@declare
+class Index(Op):
+    """One slice an axis: keys[i] = (start, stop, step) of axis i."""
+
+    keys: tuple[Key, ...] = ()
+
+    variants = {
+        "numpy": lambda x, slices: np.array(x[slices], order="C"),
+        "reference": reference.take_slice,
+    }
+    samples = staticmethod(
+        lambda: [
+            Sample(Index(((1, None, 2), (None, 2, None))), ((4, 3),)),
+            Sample(Index(((None, None, None), (None, None, -1))), ((2, 3),)),
+        ]
+    )
+
+    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
+        (x,) = arrays
+        if len(self.keys) != x.ndim:
+            raise self.reject("one slice for each axis", x)
+        return self.kernel()(x, self._slices()), (x.shape,)
+
+    def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
+        out = np.zeros(saved[0], grad.dtype)
+        out[self._slices()] = grad
+        return (out,)
+
+    def _slices(self) -> tuple[slice, ...]:
+        return tuple(slice(*key) for key in self.keys)
+
+
+@declare
+class Take(Op):
+    """Rows by number: operand 0 is (n, ...), operand 1 any shape of integers in [-n, n)."""
+
+    variants = {
+        "numpy": lambda x, positions: x[positions],
+        "reference": lambda x, positions: np.stack([x[i] for i in positions]),
+    }
+    samples = staticmethod(lambda: [Sample(Take(), ((4, 3), (5,)), labels=4)])
+
+    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
+        x, positions = arrays
+        n = len(x)
+        if positions.size and not (-n <= positions.min() and positions.max() < n):
+            raise IndexError(
+                f"{self}: required positions in [{-n}, {n}); came {positions.min()} to "
+                f"{positions.max()} for shape {x.shape}"
+            )
+        return np.asarray(self.kernel()(x, positions)), (x.shape, positions)
+
+    def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
+        shape, positions = saved
+        out = np.zeros(shape, grad.dtype)
+        np.add.at(out, positions, grad)  # a position may occur more than once
+        return out, None
+
+
+def reshape(x: Operand, *shape: int | Sequence[int]) -> Tensor:
+    """Row-major reshape; one size may be -1."""
+    x = tensor(x)
+    wanted = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
+    sizes = [int(n) for n in wanted]  # type: ignore[arg-type]
+    if sizes.count(-1) == 1:
+        rest = -math.prod(sizes)
+        sizes[sizes.index(-1)] = x.size // rest if rest else 0
+    if math.prod(sizes) != x.size or min(sizes, default=0) < 0:
+        raise ShapeError(f"reshape: shape {x.shape} has {x.size} elements; came {wanted}")
+    return apply(Reshape(tuple(sizes)), x)
+
+
+def flatten(x: Operand) -> Tensor:
+    """(B, ...) to (B, rest)."""
+    x = tensor(x)
+    return reshape(x, x.shape[0], -1)
+
+
+def transpose(x: Operand, axes: Sequence[int] | None = None) -> Tensor:
+    """The axes reordered; reversed by default."""
+    x = tensor(x)
+    order = tuple(axes) if axes is not None else tuple(reversed(range(x.ndim)))
+    if normal_axes("transpose", order, x.shape) != tuple(range(x.ndim)):
+        raise ShapeError(f"transpose: required every axis of {x.shape} once; came {order}")
+    return apply(Transpose(tuple(a % x.ndim for a in order)), x)
+
+
+def concat(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
+    """Operands side by side along `axis`."""
+    operands = [tensor(t) for t in tensors]
+    if not operands:
+        raise ShapeError("concat: required at least one operand; came none")
+    (normal,) = normal_axes("concat", axis, operands[0].shape)
+    return apply(Concat(normal), *operands)
+
+
+def pad(x: Operand, widths: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
+    """Constant elements around x: widths[i] = (before, after) along axis i."""
+    return apply(Pad(tuple((int(b), int(a)) for b, a in widths), float(value)), tensor(x))
+
+
+def index(x: Operand, key: Any) -> Tensor:
+    """x[key]: integers, slices, None, Ellipsis; or an array of integers for whole rows."""
+    x = tensor(x)
+    if isinstance(key, list | np.ndarray | Tensor):
+        return take(x, key)
+    parts = list(key) if isinstance(key, tuple) else [key]
+    if any(isinstance(k, bool) or not isinstance(k, _KEYS) for k in parts):
+        raise DTypeError(f"index: required integers, slices, None or Ellipsis; came {key!r}")
+    if Ellipsis not in parts:
+        parts.append(Ellipsis)
+    missing = x.ndim - sum(k is not None and k is not Ellipsis for k in parts)
+    if missing < 0 or parts.count(Ellipsis) > 1:
+        raise IndexError(f"index: key {key!r} does not fit shape {x.shape}")
+    at = parts.index(Ellipsis)
+    parts[at : at + 1] = [slice(None)] * missing
+
+    keys: list[Key] = []
+    kept: list[int] = []  # the shape after integer axes are dropped and new axes made
+    for k in parts:
+        if k is None:
+            kept.append(1)
+        elif isinstance(k, slice):
+            size = x.shape[len(keys)]
+            kept.append(len(range(*k.indices(size))))
+            keys.append((k.start, k.stop, k.step))
+        else:
+            size = x.shape[len(keys)]
+            if not -size <= k < size:
+                raise IndexError(f"index: {k} is out of range for axis of {size} in {x.shape}")
+            keys.append((int(k) % size, int(k) % size + 1, None))
+    return reshape(apply(Index(tuple(keys)), x), kept)
+
+
+def take(x: Operand, positions: npt.ArrayLike | Tensor) -> Tensor:
+    """Rows of x by number; the same row may be taken more than once."""
+    return apply(Take(), tensor(x), integers("take", positions))

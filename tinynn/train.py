@@ -1,0 +1,277 @@
+"""The training loop: one loop, readable from top to bottom, for every experiment."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from tinynn.checkpoint import Progress, exists, load_checkpoint, save_checkpoint
+from tinynn.diagnose import find_non_finite
+from tinynn.errors import ConfigError, DataError, NonFiniteError, OutputError
+from tinynn.nn.module import Module
+from tinynn.optim import Optimizer, clip_gradients
+from tinynn.schedule import Constant, Schedule
+from tinynn.storage import PathLike
+from tinynn.tensor import Tensor, no_grad
+
+Loss = Callable[[Tensor, Any], Tensor]
+
+
+@dataclass
+class History:
+    """What happened in a training: one record an epoch, the last one last.
+
+    Each record has `epoch` (from 1), `step` (optimiser steps so far), `loss` (mean over the epoch's
+    batches), `lr` (of its last step), `seconds`, and `validation` if a validation set was given.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[float]:
+        """The mean loss of every epoch."""
+        return [r["loss"] for r in self.records]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+@dataclass(frozen=True)
+class Converged:
+    """True when the best loss of the last `window` epochs gained less than `tolerance` (a share)
+    on the best loss before them."""
+
+    window: int = 3
+    tolerance: float = 0.01
+
+    def __call__(self, history: History) -> bool:
+        losses = history.losses
+        if len(losses) <= self.window:
+            return False
+        before, recent = min(losses[: -self.window]), min(losses[-self.window :])
+        return recent > before * (1 - self.tolerance)
+
+
+#: The default test for "trained to convergence".
+converged = Converged()
+
+
+def fit(
+    model: Module,
+    data: Iterable[Any],
+    *,
+    loss: Loss,
+    optimizer: Optimizer,
+    epochs: int | None = None,
+    until: Callable[[History], bool] | None = None,
+    schedule: Schedule | None = None,
+    validation: Iterable[Any] | None = None,
+    clip_norm: float | None = None,
+    log: PathLike | None = None,
+    checkpoint: PathLike | None = None,
+    checkpoint_seconds: float = 60.0,
+    resume: bool = False,
+    progress: bool | None = None,
+) -> History:
+    """Train `model` on `data` and return what happened.
+
+    `data` yields (x, y) batches and may be iterated once an epoch. Training ends after `epochs`
+    epochs in all, or when `until(history)` is true at the end of an epoch; one of the two must be
+    given. `schedule` gives each step's learning rate from the optimiser's own. `log` is a file to
+    which each epoch's record is appended as a line of JSON. `progress` shows a bar: by default
+    only on a terminal.
+
+    With `checkpoint`, the state is saved after every epoch, at least every `checkpoint_seconds`,
+    and on Ctrl-C, which then ends the training after the step under way; `resume=True` continues
+    from that file, if it exists, and gives the same bits as a training that was never interrupted.
+
+    Raises NonFiniteError with the step and the first op that made it when the loss is NaN or
+    infinite; the model then has the parameters of the step before. Raises DataError for data
+    without batches, OutputError where a file cannot be written.
+    """
+    if epochs is None and until is None:
+        raise ConfigError("fit: required epochs, until, or both; came neither")
+    schedule = schedule or Constant()
+    base_lr = optimizer.lr
+    at, history = Progress(), History()
+    if resume and exists(checkpoint):
+        at, history.records = load_checkpoint(checkpoint, model, optimizer, schedule, data)  # type: ignore[arg-type]
+    if log is not None:
+        _start(Path(log), history.records)
+
+    def save() -> None:
+        optimizer.lr = base_lr
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, model, optimizer, schedule, data, at, history.records)
+
+    was_training = model.training
+    model.train()
+    finished = bool(history.records) and until is not None and at.batches == 0 and until(history)
+    try:
+        with _interruptible(checkpoint is not None) as interrupted:
+            saved = time.monotonic()
+            while not finished and (epochs is None or at.epoch < epochs):
+                began = time.monotonic()
+                for x, y in _bar(data, at, history, progress):
+                    optimizer.lr = schedule.lr(at.step, base_lr)
+                    value = _step(model, x, y, loss, optimizer, clip_norm, at.step)
+                    at.step, at.batches, at.total = at.step + 1, at.batches + 1, at.total + value
+                    if interrupted() or time.monotonic() - saved > checkpoint_seconds:
+                        save()
+                        saved = time.monotonic()
+                        if interrupted():
+                            raise KeyboardInterrupt(f"stopped by the user at step {at.step}")
+                record = _close_epoch(at, optimizer.lr, time.monotonic() - began)
+                if validation is not None:
+                    record["validation"] = evaluate(model, validation, loss)
+                schedule.observe(record.get("validation", record["loss"]))
+                history.records.append(record)
+                finished = until is not None and until(history)
+                save()
+                if log is not None:
+                    _append(Path(log), record)
+    finally:
+        optimizer.lr = base_lr
+        model.train(was_training)
+    return history
+
+
+def evaluate(model: Module, data: Iterable[Any], loss: Loss) -> float:
+    """The mean loss over all rows of `data`, in eval mode and without a tape."""
+    was_training = model.training
+    model.eval()
+    total, rows = 0.0, 0
+    with no_grad():
+        for x, y in data:
+            total += loss(model(Tensor(x, copy=False)), _target(y)).item() * len(x)
+            rows += len(x)
+    model.train(was_training)
+    if not rows:
+        raise DataError("evaluate: required at least one row; came none")
+    return total / rows
+
+
+def _step(
+    model: Module,
+    x: Any,
+    y: Any,
+    loss: Loss,
+    optimizer: Optimizer,
+    clip_norm: float | None,
+    step: int,
+) -> float:
+    """One step of training: forward, backward, update. Returns the loss before the update."""
+    result = loss(model(Tensor(x, copy=False)), _target(y))
+    value = result.item()
+    if not math.isfinite(value):
+        _report_non_finite(model, result, step)
+    result.backward()
+    if clip_norm is not None:
+        clip_gradients(optimizer.params, norm=clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return value
+
+
+def _target(y: Any) -> Any:
+    """Floating targets become Tensors; class numbers stay as they are."""
+    return Tensor(y, copy=False) if isinstance(y, np.ndarray) and y.dtype.kind == "f" else y
+
+
+def _report_non_finite(model: Module, result: Tensor, step: int) -> None:
+    for name, p in model.named_parameters():
+        if not np.isfinite(p._data).all():
+            raise NonFiniteError(
+                f"fit: step {step}: the loss is {result.item()}: parameter {name} was made "
+                f"non-finite by the update of step {step - 1} (is the learning rate too large?)"
+            )
+    raise NonFiniteError(
+        f"fit: step {step}: the loss is {result.item()}; first made by {find_non_finite(result)}"
+    )
+
+
+def _close_epoch(at: Progress, lr: float, seconds: float) -> dict[str, Any]:
+    if not at.batches:
+        raise DataError("fit: required at least one batch an epoch; came none")
+    mean = at.total / at.batches
+    at.epoch, at.batches, at.total = at.epoch + 1, 0, 0.0
+    return {
+        "epoch": at.epoch,
+        "step": at.step,
+        "loss": mean,
+        "lr": lr,
+        "seconds": round(seconds, 6),
+    }
+
+
+def _bar(
+    data: Iterable[Any], at: Progress, history: History, progress: bool | None
+) -> Iterator[Any]:
+    """The batches of one epoch behind a progress bar."""
+    if progress is False:
+        return iter(data)
+    total = len(data) if hasattr(data, "__len__") else None
+    last = f" loss {history.losses[-1]:.4g}" if history.records else ""
+    disable = None if progress is None else not progress  # None: only on a terminal
+    return iter(
+        tqdm(
+            data,
+            desc=f"epoch {at.epoch + 1}{last}",
+            total=total,
+            initial=at.batches,
+            leave=False,
+            disable=disable,
+        )
+    )
+
+
+@contextmanager
+def _interruptible(enabled: bool) -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a flag that the loop reads between steps; the second is as usual.
+
+    Only the main thread may handle signals; elsewhere, and without a checkpoint, nothing changes.
+    """
+    pressed = False
+
+    def note(signum: int, frame: Any) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    usable = enabled and threading.current_thread() is threading.main_thread()
+    if not usable:
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _start(log: Path, records: list[dict[str, Any]]) -> None:
+    """Begin the log with the records of the training that is resumed, if any."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("".join(json.dumps(r) + "\n" for r in records))
+    except OSError as error:
+        raise OutputError(error.errno, f"cannot write the log {log} ({error.strerror})") from error
+
+
+def _append(log: Path, record: dict[str, Any]) -> None:
+    try:
+        with log.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise OutputError(error.errno, f"cannot append to {log} ({error.strerror})") from error
