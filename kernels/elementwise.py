@@ -10,27 +10,28 @@ from numba import prange
 from kernels import memory
 from kernels._jit import Variants, prepared
 
-_CHUNK = 16384  # elements
+_CHUNK = 16384  # elements; loops run from 0 over slices: so they vectorise
 
 
 def _relu_loop(X, Y):
     # Y[i] = max(X[i], 0), NaN stays NaN;  X, Y (n,)
-    n = X.size
     zero = X.dtype.type(0)
-    for c in prange((n + _CHUNK - 1) // _CHUNK):
-        for i in range(c * _CHUNK, min(n, (c + 1) * _CHUNK)):
-            v = X[i]
-            Y[i] = zero if v < zero else v
+    for c in prange((X.size + _CHUNK - 1) // _CHUNK):
+        x, y = X[c * _CHUNK : (c + 1) * _CHUNK], Y[c * _CHUNK : (c + 1) * _CHUNK]
+        for i in range(x.size):
+            v = x[i]
+            y[i] = zero if v < zero else v
 
 
 def _relu_grad_loop(G, Y, D):
     # D[i] = 0 where Y[i] <= 0, else G[i];  G, Y, D (n,)
-    n = G.size
     zero = G.dtype.type(0)
-    for c in prange((n + _CHUNK - 1) // _CHUNK):
-        for i in range(c * _CHUNK, min(n, (c + 1) * _CHUNK)):
-            g = G[i]
-            D[i] = zero if Y[i] <= zero else g
+    for c in prange((G.size + _CHUNK - 1) // _CHUNK):
+        lo, hi = c * _CHUNK, (c + 1) * _CHUNK
+        g, y, d = G[lo:hi], Y[lo:hi], D[lo:hi]
+        for i in range(g.size):
+            v = g[i]
+            d[i] = zero if y[i] <= zero else v
 
 
 _relu = Variants(_relu_loop)

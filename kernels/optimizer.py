@@ -21,7 +21,7 @@ from numba import prange
 
 from kernels._jit import FLOATS, Variants, jit
 
-_CHUNK = 16384  # elements
+_CHUNK = 16384  # elements; loops run from 0 over slices: so they vectorise
 
 
 @jit
@@ -35,26 +35,25 @@ def _sgd_loop(W, G, V, nesterov, scalars):
     # w[i] = kept[i] - lr v[i], with Nesterov: kept[i] - lr (g[i] + momentum v[i])
     # W, G (n,), V (n,) or (0,): no momentum, v[i] = g[i]
     lr, momentum, keep, l1, l2 = scalars
-    n = W.size
-    for c in prange((n + _CHUNK - 1) // _CHUNK):
-        lo, hi = c * _CHUNK, min(n, (c + 1) * _CHUNK)
+    for c in prange((W.size + _CHUNK - 1) // _CHUNK):
+        lo, hi = c * _CHUNK, (c + 1) * _CHUNK
+        w, grad, v = W[lo:hi], G[lo:hi], V[lo:hi]
         if V.size == 0:
-            for i in range(lo, hi):
-                w = W[i]
-                W[i] = keep * w - lr * _penalised(G[i], w, l1, l2)
+            for i in range(w.size):
+                g = _penalised(grad[i], w[i], l1, l2)
+                w[i] = keep * w[i] - lr * g
         elif nesterov:
-            for i in range(lo, hi):
-                w = W[i]
-                g = _penalised(G[i], w, l1, l2)
-                v = momentum * V[i] + g
-                V[i] = v
-                W[i] = keep * w - lr * (g + momentum * v)
+            for i in range(w.size):
+                g = _penalised(grad[i], w[i], l1, l2)
+                new = momentum * v[i] + g
+                v[i] = new
+                w[i] = keep * w[i] - lr * (g + momentum * new)
         else:
-            for i in range(lo, hi):
-                w = W[i]
-                v = momentum * V[i] + _penalised(G[i], w, l1, l2)
-                V[i] = v
-                W[i] = keep * w - lr * v
+            for i in range(w.size):
+                g = _penalised(grad[i], w[i], l1, l2)
+                new = momentum * v[i] + g
+                v[i] = new
+                w[i] = keep * w[i] - lr * new
 
 
 def _adam_loop(W, G, A, B, scalars):
@@ -62,16 +61,16 @@ def _adam_loop(W, G, A, B, scalars):
     # w[i] = kept[i] - (from_mean a[i] + from_grad g[i]) / (sqrt(b[i] / bias) + eps)
     # W, G, A, B (n,)
     from_mean, from_grad, beta1, rest1, beta2, rest2, bias, eps, keep, l1, l2 = scalars
-    n = W.size
-    for c in prange((n + _CHUNK - 1) // _CHUNK):
-        for i in range(c * _CHUNK, min(n, (c + 1) * _CHUNK)):
-            w = W[i]
-            g = _penalised(G[i], w, l1, l2)
-            a = beta1 * A[i] + rest1 * g
-            b = beta2 * B[i] + rest2 * g * g
-            A[i] = a
-            B[i] = b
-            W[i] = keep * w - (from_mean * a + from_grad * g) / (np.sqrt(b / bias) + eps)
+    for c in prange((W.size + _CHUNK - 1) // _CHUNK):
+        lo, hi = c * _CHUNK, (c + 1) * _CHUNK
+        w, grad, a, b = W[lo:hi], G[lo:hi], A[lo:hi], B[lo:hi]
+        for i in range(w.size):
+            g = _penalised(grad[i], w[i], l1, l2)
+            mean = beta1 * a[i] + rest1 * g
+            square = beta2 * b[i] + rest2 * g * g
+            a[i] = mean
+            b[i] = square
+            w[i] = keep * w[i] - (from_mean * mean + from_grad * g) / (np.sqrt(square / bias) + eps)
 
 
 def _adadelta_loop(W, G, S, D, scalars):
@@ -79,17 +78,16 @@ def _adadelta_loop(W, G, S, D, scalars):
     # d[i] = rho d[i] + (1 - rho) step^2;  w[i] = kept[i] - lr step
     # W, G, S, D (n,)
     lr, rho, rest, eps, keep, l1, l2 = scalars
-    n = W.size
-    for c in prange((n + _CHUNK - 1) // _CHUNK):
-        for i in range(c * _CHUNK, min(n, (c + 1) * _CHUNK)):
-            w = W[i]
-            g = _penalised(G[i], w, l1, l2)
-            s = rho * S[i] + rest * g * g
-            d = D[i]
-            step = np.sqrt(d + eps) / np.sqrt(s + eps) * g
-            S[i] = s
-            D[i] = rho * d + rest * step * step
-            W[i] = keep * w - lr * step
+    for c in prange((W.size + _CHUNK - 1) // _CHUNK):
+        lo, hi = c * _CHUNK, (c + 1) * _CHUNK
+        w, grad, s, d = W[lo:hi], G[lo:hi], S[lo:hi], D[lo:hi]
+        for i in range(w.size):
+            g = _penalised(grad[i], w[i], l1, l2)
+            square = rho * s[i] + rest * g * g
+            step = np.sqrt(d[i] + eps) / np.sqrt(square + eps) * g
+            s[i] = square
+            d[i] = rho * d[i] + rest * step * step
+            w[i] = keep * w[i] - lr * step
 
 
 def _rmsprop_loop(W, G, S, V, scalars):
@@ -97,25 +95,23 @@ def _rmsprop_loop(W, G, S, V, scalars):
     # w[i] = kept[i] - lr v[i]
     # W, G, S (n,), V (n,) or (0,): no momentum
     lr, alpha, rest, eps, momentum, keep, l1, l2 = scalars
-    n = W.size
-    for c in prange((n + _CHUNK - 1) // _CHUNK):
-        lo, hi = c * _CHUNK, min(n, (c + 1) * _CHUNK)
+    for c in prange((W.size + _CHUNK - 1) // _CHUNK):
+        lo, hi = c * _CHUNK, (c + 1) * _CHUNK
+        w, grad, s, v = W[lo:hi], G[lo:hi], S[lo:hi], V[lo:hi]
         if V.size == 0:
-            for i in range(lo, hi):
-                w = W[i]
-                g = _penalised(G[i], w, l1, l2)
-                s = alpha * S[i] + rest * g * g
-                S[i] = s
-                W[i] = keep * w - lr * g / (np.sqrt(s) + eps)
+            for i in range(w.size):
+                g = _penalised(grad[i], w[i], l1, l2)
+                square = alpha * s[i] + rest * g * g
+                s[i] = square
+                w[i] = keep * w[i] - lr * g / (np.sqrt(square) + eps)
         else:
-            for i in range(lo, hi):
-                w = W[i]
-                g = _penalised(G[i], w, l1, l2)
-                s = alpha * S[i] + rest * g * g
-                v = momentum * V[i] + g / (np.sqrt(s) + eps)
-                S[i] = s
-                V[i] = v
-                W[i] = keep * w - lr * v
+            for i in range(w.size):
+                g = _penalised(grad[i], w[i], l1, l2)
+                square = alpha * s[i] + rest * g * g
+                new = momentum * v[i] + g / (np.sqrt(square) + eps)
+                s[i] = square
+                v[i] = new
+                w[i] = keep * w[i] - lr * new
 
 
 _sgd = Variants(_sgd_loop)

@@ -246,6 +246,7 @@ def _mask(a: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, Any]:
 def _product_rows(A, B, bias, low, C, lo, hi):
     # C[m, n] = max(bias[n] + sum_k A[m, k] B[k, n], low), lo <= m < hi; NaN stays NaN
     # A (M, K), B (K, N), bias (N,), C (M, N); K a multiple of 4
+    # Unsigned column numbers: where one might be negative, Numba's wrap-around stops vectorising.
     K, N = B.shape
     quads = lo + (hi - lo) // 4 * 4
     for m in range(lo, hi):
@@ -261,7 +262,7 @@ def _product_rows(A, B, bias, low, C, lo, hi):
                     q0, q1, q2, q3 = A[m + 1, k], A[m + 1, k + 1], A[m + 1, k + 2], A[m + 1, k + 3]
                     r0, r1, r2, r3 = A[m + 2, k], A[m + 2, k + 1], A[m + 2, k + 2], A[m + 2, k + 3]
                     s0, s1, s2, s3 = A[m + 3, k], A[m + 3, k + 1], A[m + 3, k + 2], A[m + 3, k + 3]
-                    for n in range(n_lo, n_hi):
+                    for n in range(np.uintp(n_lo), np.uintp(n_hi)):
                         b0, b1, b2, b3 = B[k, n], B[k + 1, n], B[k + 2, n], B[k + 3, n]
                         C[m, n] += p0 * b0 + p1 * b1 + p2 * b2 + p3 * b3
                         C[m + 1, n] += q0 * b0 + q1 * b1 + q2 * b2 + q3 * b3
@@ -270,7 +271,7 @@ def _product_rows(A, B, bias, low, C, lo, hi):
             for m in range(quads, hi):
                 for k in range(k_lo, k_hi, 4):
                     p0, p1, p2, p3 = A[m, k], A[m, k + 1], A[m, k + 2], A[m, k + 3]
-                    for n in range(n_lo, n_hi):
+                    for n in range(np.uintp(n_lo), np.uintp(n_hi)):
                         C[m, n] += (
                             p0 * B[k, n] + p1 * B[k + 1, n] + p2 * B[k + 2, n] + p3 * B[k + 3, n]
                         )
