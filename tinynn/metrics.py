@@ -70,8 +70,8 @@ def rmse(outputs: npt.ArrayLike, targets: npt.ArrayLike) -> float:
     if a.size == 0:
         raise DataError(f"rmse: required at least one element; came shape {a.shape}")
     with np.errstate(invalid="ignore", over="ignore"):  # reported below
-        difference = np.subtract(a, b, dtype=np.float64).ravel()
-        result = math.sqrt(np.dot(difference, difference) / difference.size)
+        # Not a dot product: the linear algebra library's sums depend on its thread count.
+        result = math.sqrt(np.square(np.subtract(a, b, dtype=np.float64)).mean())
     if not math.isfinite(result):
         raise NonFiniteError(f"rmse: required finite outputs and targets; came a result {result}")
     return result
