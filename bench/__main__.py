@@ -1,0 +1,203 @@
+"""`python -m bench SUITE [SUITE...]`: time cases against the peers that are installed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench import report, roofline, suites
+from bench.case import Case, CaseError
+from bench.libraries import OURS
+from bench.race import QUICK, ContestantError, Race, Settings, Team
+from bench.records import Record, records_of, summarize
+from bench.roofline import Limits
+from bench.suites import Suite, Work
+from tinynn.environment import environment, usable_cores
+from tinynn.errors import OutputError
+from tinynn.storage import write_json
+
+_BUSY_LOAD = 0.5
+_NOISY_SPREAD = 0.1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 0 if all of our own cases were timed."""
+    options = _parser().parse_args(arguments)
+    if options.list:
+        for name in suites.names():
+            print(f"{name:<14}{suites.load(name).SUMMARY}")
+        return 0
+    try:
+        problems = _problems(options)
+    except CaseError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    try:
+        return _run(problems, options)
+    except OutputError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bench: interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Time cases against the peers that are installed, interleaved, each library in "
+        "a process of its own. Figures are medians over rounds; ± is the interquartile range of "
+        "the rounds divided by their median.",
+    )
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help="see --list")
+    parser.add_argument("--list", action="store_true", help="list the suites")
+    parser.add_argument(
+        "--case", action="append", default=[], help="run this case, as printed by an earlier run"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: a minute")
+    parser.add_argument(
+        "--threads", nargs="+", type=int, metavar="N", help="thread counts (default: 1 and 2)"
+    )
+    parser.add_argument(
+        "--peers", nargs="*", metavar="NAME", help="only these peers; none after it: no peer"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write records and summary")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write ratios.png, roofline.png")
+    parser.add_argument(
+        "--remeasure", action="store_true", help="measure the limits of this machine again"
+    )
+    return parser
+
+
+def _problems(options: argparse.Namespace) -> list[tuple[Suite, Case]]:
+    """All (suite, case) asked for. Raises CaseError."""
+    cores = usable_cores()
+    threads = options.threads or [n for n in (1, 2) if n <= cores]
+    if not options.suites and not options.case:
+        raise CaseError("required a SUITE or --case; --list shows the suites")
+    problems = []
+    for name in options.suites:
+        if name not in suites.names():
+            raise CaseError(f"no suite {name!r}; there are: {', '.join(suites.names())}")
+        suite = suites.load(name)
+        problems += [(suite, c.on(n)) for n in threads for c in suite.cases(options.quick)]
+    for text in options.case:
+        case = Case.parse(text)
+        try:
+            problems.append((suites.suite_of(case), case))
+        except KeyError:
+            raise CaseError(f"case {text!r}: no suite has the family {case.family!r}") from None
+    for _, case in problems:
+        if case.threads > cores:
+            raise CaseError(f"threads={case.threads}: this process may use {cores} cores")
+    known = {name for suite, _ in problems for name in suite.LIBRARIES if name != OURS}
+    unknown = set(options.peers or ()) - known
+    if unknown:
+        raise CaseError(f"no peer {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
+    return problems
+
+
+def _run(problems: list[tuple[Suite, Case]], options: argparse.Namespace) -> int:
+    facts = environment()
+    load = (facts["load_average"] or [0.0])[0]
+    if load > _BUSY_LOAD:
+        _warn(f"the load average is {load}: other work may disturb the figures")
+    if options.json is not None:  # find out now, not after minutes of measuring
+        _check_writable(options.json.parent)
+    with Team(QUICK if options.quick else Settings()) as team:
+        limits = _limits(team, problems, remeasure=options.remeasure)
+        print("\n".join([f"{facts['cpu']['name']}", *report.limits_lines(limits), ""]), flush=True)
+        races, records, work = _races(team, problems, limits, options.peers)
+    summary = summarize(records)
+    print("\n".join(report.summary_lines(summary)))
+    noisy = [race for race in races if _spread(race) > _NOISY_SPREAD]
+    if noisy:
+        _warn(f"{len(noisy)} of {len(races)} cases vary by more than {_NOISY_SPREAD:.0%}")
+    if options.json is not None:
+        content = _content(facts, races, limits, records, summary)
+        write_json(options.json, content)
+    if options.out is not None:
+        if summary:
+            report.plot_ratios(records, options.out / "ratios.png")
+        report.plot_roofline(records, work, limits, options.out / "roofline.png")
+    return 0 if all(OURS in race.timings for race in races) else 1
+
+
+def _limits(team: Team, problems: list[tuple[Suite, Case]], *, remeasure: bool) -> list[Limits]:
+    threads = sorted({case.threads for _, case in problems})
+    try:
+        return roofline.limits(team, threads, roofline.cache_file(), remeasure=remeasure)
+    except ContestantError as error:
+        _warn(f"no roofline: {error}")
+        return []
+
+
+def _races(
+    team: Team,
+    problems: list[tuple[Suite, Case]],
+    limits: list[Limits],
+    peers: list[str] | None,
+) -> tuple[list[Race], list[Record], dict[str, Work]]:
+    """Time every problem, printing each as it is done."""
+    roof = {entry.threads: entry for entry in limits}
+    races: list[Race] = []
+    records: list[Record] = []
+    work: dict[str, Work] = {}
+    for suite, case in problems:
+        chosen = [n for n in suite.LIBRARIES if n == OURS or peers is None or n in peers]
+        race = team.race(suite, case, chosen)
+        work[str(case)] = suite.work(case)
+        found = records_of(race, work[str(case)], roof.get(case.threads))
+        print("\n".join(report.case_lines(race, work[str(case)], found)), flush=True)
+        races.append(race)
+        records += found
+    return races, records, work
+
+
+def _content(
+    facts: dict[str, Any],
+    races: list[Race],
+    limits: list[Limits],
+    records: list[Record],
+    summary: list[Record],
+) -> dict[str, Any]:
+    """The JSON file. What is not a figure of a case stands in `environment`."""
+    layers = sorted({race.layer for race in races if race.layer})
+    about_run = {
+        "threads": {**facts["threads"], "layer": ", ".join(layers) or None},
+        "limits": [asdict(entry) for entry in limits],
+        "choices": [
+            {"case": str(race.case), "library": name, "choice": choice}
+            for race in races
+            for name, choice in race.choices.items()
+        ],
+        "failures": [
+            {"case": str(race.case), "library": name, "reason": reason}
+            for race in races
+            for name, reason in race.failures.items()
+        ],
+    }
+    return {"environment": {**facts, **about_run}, "records": records, "summary": summary}
+
+
+def _spread(race: Race) -> float:
+    return max((timing.spread for timing in race.timings.values()), default=0.0)
+
+
+def _check_writable(directory: Path) -> None:
+    """Raise OutputError now if a file cannot be written there later."""
+    probe = directory / ".bench-probe"
+    write_json(probe, None)
+    probe.unlink()
+
+
+def _warn(text: str) -> None:
+    print(f"bench: warning: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

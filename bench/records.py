@@ -1,0 +1,74 @@
+"""From races to records, and from records to a summary: the content of the JSON file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bench.libraries import OURS
+from bench.race import Race
+from bench.roofline import Limits
+from bench.suites import Work
+
+Record = dict[str, Any]
+
+
+def records_of(race: Race, work: Work, limits: Limits | None) -> list[Record]:
+    """One record for each peer that was timed; one with peer None if there was none.
+
+    `ratio` is the peer's time / ours; `roofline_share` attainable time / ours (None without limits,
+    and for other dtypes than float32, whose peak is not measured). Empty if ours was not timed.
+    """
+    ours = race.timings.get(OURS)
+    if ours is None:
+        return []
+    share = None
+    if limits is not None and race.case.dtype == "float32":
+        share = limits.attainable_seconds(work) / ours.median
+    common = {
+        "case": str(race.case),
+        "family": race.case.family,
+        "variant": race.case.variant,
+        "threads": race.case.threads,
+        "seconds": ours.median,
+        "spread": ours.spread,
+        "gflops": work.flops / ours.median / 1e9,
+        "roofline_share": share,
+    }
+    peers = [name for name in race.timings if name != OURS]
+    if not peers:
+        return [{**common, "peer": None, "peer_seconds": None, "ratio": None}]
+    medians = {peer: race.timings[peer].median for peer in peers}
+    return [
+        {**common, "peer": peer, "peer_seconds": seconds, "ratio": seconds / ours.median}
+        for peer, seconds in medians.items()
+    ]
+
+
+def summarize(records: Iterable[Record]) -> list[Record]:
+    """The geometric mean and the lowest of the ratios, for each family, peer and thread count."""
+    groups: dict[tuple[str, str, int], list[Record]] = {}
+    for record in records:
+        if record["peer"] is not None:
+            key = (record["family"], record["peer"], record["threads"])
+            groups.setdefault(key, []).append(record)
+    summary = []
+    for (family, peer, threads), members in groups.items():
+        worst = min(members, key=lambda record: record["ratio"])
+        summary.append(
+            {
+                "family": family,
+                "peer": peer,
+                "threads": threads,
+                "geomean": geometric_mean([record["ratio"] for record in members]),
+                "worst": worst["ratio"],
+                "worst_case": worst["case"],
+            }
+        )
+    return summary
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    """exp(mean(log r)): as much above 1 for a ratio r as below 1 for 1 / r."""
+    return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))

@@ -1,0 +1,136 @@
+"""What a person sees of a run: lines while it goes on, a summary, and plots."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.case import Case
+from bench.libraries import OURS
+from bench.race import Race
+from bench.records import Record
+from bench.roofline import Limits
+from bench.suites import Work
+from tinynn.storage import write_bytes
+
+
+def case_lines(race: Race, work: Work, records: Sequence[Record]) -> list[str]:
+    """A case, our time, each peer's time and ratio, and who failed for what reason."""
+    lines = [str(race.case)]
+    for name, timing in race.timings.items():
+        choice = f" ({race.choices[name]})" if name in race.choices else ""
+        text = f"  {name + choice:<34}{duration(timing.median):>11}  ±{timing.spread:>4.0%}"
+        if name == OURS:
+            text += f"  {work.flops / timing.median / 1e9:7.1f} GFLOP/s"
+            if not work.flops or work.bytes / max(work.flops, 1) >= 1:
+                text += f"  {work.bytes / timing.median / 1e9:7.1f} GB/s"
+            share = records[0]["roofline_share"] if records else None
+            text += "" if share is None else f"  {share:5.0%} of the roofline"
+        else:
+            text += "".join(f"  {r['ratio']:6.2f}x ours" for r in records if r["peer"] == name)
+        lines.append(text)
+    return lines + [f"  {name:<34}not timed: {why}" for name, why in race.failures.items()]
+
+
+def summary_lines(summary: Iterable[Record]) -> list[str]:
+    """A line for each family, peer and thread count; a ratio above 1 means that ours is faster."""
+    rows = [
+        f"{s['family']:<14}{s['peer']:<16}{s['threads']:>7}{s['geomean']:>9.2f}{s['worst']:>8.2f}"
+        f"  {s['worst_case']}"
+        for s in summary
+    ]
+    if not rows:
+        return []
+    head = f"{'family':<14}{'peer':<16}{'threads':>7}{'geomean':>9}{'worst':>8}  worst case"
+    return ["", "peer's time / ours (above 1: ours is faster)", head, *rows]
+
+
+def limits_lines(limits: Iterable[Limits]) -> list[str]:
+    """The limits that shares of the roofline refer to."""
+    return [
+        f"limits, {entry.threads} thread{'s' * (entry.threads > 1)}: "
+        f"{entry.flops / 1e9:.0f} GFLOP/s float32; read "
+        + ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in entry.bandwidths.items())
+        + " GB/s"
+        for entry in limits
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds with a unit that leaves three figures or more before the point is moved."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3f} {unit}"
+    return f"{seconds / 1e-9:.1f} ns"
+
+
+def plot_ratios(records: Sequence[Record], path: Path) -> None:
+    """Bars of peer's time / ours, a group for each case, with a line at 1. Raises OutputError."""
+    compared = [record for record in records if record["peer"] is not None]
+    cases = list(dict.fromkeys(record["case"] for record in compared))
+    peers = list(dict.fromkeys(record["peer"] for record in compared))
+    figure = _figure(9, 1.2 + 0.5 * len(cases) * max(1, len(peers) / 2))
+    axes = figure.add_subplot()
+    height = 0.8 / max(len(peers), 1)
+    for i, peer in enumerate(peers):
+        mine = [record for record in compared if record["peer"] == peer]
+        places = [cases.index(record["case"]) + i * height for record in mine]
+        bars = axes.barh(places, [record["ratio"] for record in mine], height, label=peer)
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(cases))], map(_short, cases), size=7)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("peer's time / ours (right of the line: ours is faster)")
+    axes.legend(fontsize=7)
+    _save(figure, path)
+
+
+def plot_roofline(
+    records: Sequence[Record], work: dict[str, Work], limits: Sequence[Limits], path: Path
+) -> None:
+    """Each case's FLOP/s over its FLOPs per byte, under the measured roofs. Raises OutputError."""
+    ours = {record["case"]: record for record in records if work[record["case"]].bytes}
+    figure = _figure(4.5 * len(limits), 4)
+    for number, entry in enumerate(limits, 1):
+        axes = figure.add_subplot(1, len(limits), number)
+        mine = [r for r in ours.values() if r["threads"] == entry.threads]
+        intensities = [work[r["case"]].flops / work[r["case"]].bytes for r in mine]
+        span = (min([0.1, *intensities]) / 2, max([100.0, *intensities]) * 2)
+        for name, rate in entry.bandwidths.items():
+            ridge = entry.flops / rate
+            heights = [span[0] * rate / 1e9, entry.flops / 1e9, entry.flops / 1e9]
+            axes.plot([span[0], ridge, max(span[1], ridge)], heights, linewidth=1, label=name)
+        for record, intensity in zip(mine, intensities, strict=True):
+            axes.plot(intensity, record["gflops"], "ko", markersize=4)
+            axes.annotate(
+                _short(record["case"]), (intensity, record["gflops"]), fontsize=5, rotation=20
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("FLOPs per byte moved once")
+        axes.set_ylabel("GFLOP/s")
+        axes.set_title(f"{entry.threads} thread{'s' * (entry.threads > 1)}", fontsize=9)
+        axes.legend(fontsize=6, title="read bandwidth", title_fontsize=6)
+    _save(figure, path)
+
+
+def _short(case: str) -> str:
+    """The case without what is usual."""
+    parsed = Case.parse(case)
+    words = case.replace(" variant=default", "").replace(" dtype=float32", "").split()
+    return " ".join(w for w in words if not w.startswith("threads=")) + f" {parsed.threads}T"
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, min(height, 40)), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_bytes(path, image.getvalue())

@@ -1,0 +1,119 @@
+"""A process that times one library: `python -m bench.worker LIBRARY THREADS`.
+
+It reads one JSON request a line from its standard input and answers with one JSON line each, until
+the input ends. Requests: `build` (a case: compile and warm up), `choose` (the library's fastest
+variant and the calls a round), `round` (time one round), `drop` (forget the case). An answer with
+`error` says what went wrong; the process goes on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+from bench.case import Case
+from bench.libraries import LIBRARIES, OURS
+from bench.measure import calibrate, compare, run_round
+
+_WARM_UP_CALLS = 3
+_CHOICE_ROUNDS = 5
+
+
+class _State:
+    """What this worker holds between requests."""
+
+    def __init__(self, library: str, threads: int) -> None:
+        self.library = library
+        self.threads = threads
+        self.prepared = False
+        self.candidates: dict[str, Callable[[], object]] = {}
+        self.answers: dict[str, list[float] | None] = {}
+        self.call: Callable[[], object] | None = None
+        self.count = 0
+
+    def build(self, suite: str, case: str) -> dict[str, Any]:
+        self.drop()
+        if not self.prepared:
+            LIBRARIES[self.library].prepare(self.threads)
+            self.prepared = True
+        built = importlib.import_module(suite).build(self.library, Case.parse(case))
+        self.candidates = dict(built) if isinstance(built, Mapping) else {"": built}
+        for name, call in self.candidates.items():
+            answer = None
+            for _ in range(_WARM_UP_CALLS):
+                answer = call()
+            self.answers[name] = _fingerprint(answer)
+        return {"layer": _threading_layer() if self.library == OURS else None}
+
+    def choose(self, round_seconds: float) -> dict[str, Any]:
+        name = next(iter(self.candidates))
+        if len(self.candidates) > 1:
+            times = compare(self.candidates, rounds=_CHOICE_ROUNDS, round_seconds=round_seconds / 2)
+            name = min(times, key=lambda n: times[n].median)
+        self.call = self.candidates[name]
+        self.candidates = {}
+        self.count = calibrate(self.call, round_seconds)
+        return {"choice": name, "repetitions": self.count, "answer": self.answers[name]}
+
+    def round(self) -> dict[str, Any]:
+        assert self.call is not None
+        return {"seconds": run_round(self.call, self.count)}
+
+    def drop(self) -> dict[str, Any]:
+        self.candidates, self.answers, self.call = {}, {}, None
+        return {}
+
+
+def _fingerprint(result: object) -> list[float] | None:
+    """Size, mean and root mean square: the same for any layout of the same numbers."""
+    if result is None:
+        return None
+    import numpy as np
+
+    detached: Any = result.detach() if hasattr(result, "detach") else result
+    array = np.asarray(detached, dtype=np.float64)
+    return [float(array.size), float(array.mean()), float(np.sqrt(np.mean(array * array)))]
+
+
+def _threading_layer() -> str | None:
+    from tinynn.environment import threading_layer
+
+    return threading_layer()
+
+
+def _explain(error: BaseException) -> str:
+    """The error in one line: its type and the first lines of what it says."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def _private_stdout() -> TextIO:
+    """The pipe to the parent; whatever a library prints from now on goes to standard error."""
+    pipe = os.dup(1)
+    os.dup2(2, 1)
+    return os.fdopen(pipe, "w", encoding="utf-8")
+
+
+def _serve(state: _State, replies: TextIO) -> None:
+    for line in sys.stdin:
+        request = json.loads(line)
+        action = getattr(state, request.pop("do"))
+        try:
+            reply = action(**request)
+        except Exception as error:  # whatever the library raises is the answer
+            reply = {"error": _explain(error)}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+def main() -> None:
+    """Serve requests until the parent closes the pipe."""
+    _serve(_State(sys.argv[1], int(sys.argv[2])), _private_stdout())
+
+
+if __name__ == "__main__":
+    main()
