@@ -210,14 +210,17 @@ class _Cache(FunctionCache):
             file._data_name_pattern = _UniqueName(pattern)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        # A damaged or vanished file may raise anything from unpickling: it means "not cached".
+        # Reading a damaged or vanished file may raise anything: it means "not cached". The index
+        # starts afresh, so that what is compiled now can be saved.
         try:
             return super().load_overload(sig, target_context)
         except Exception:
+            with contextlib.suppress(Exception):
+                self.flush()
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        with contextlib.suppress(OSError):  # disk full, directory removed or made read-only
+        with contextlib.suppress(Exception):  # disk full, directory removed or made read-only
             super().save_overload(sig, data)
 
 
