@@ -47,10 +47,7 @@ def _prepare_tinynn(threads: int) -> None:
 
 
 def _prepare_numpy(threads: int) -> None:
-    import numpy  # noqa: F401  (its BLAS must be loaded to be limited)
-    from threadpoolctl import threadpool_limits
-
-    threadpool_limits(threads)
+    pass  # its BLAS has read the environment
 
 
 def _prepare_torch(threads: int) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import llvmlite.binding as llvm
 import numba
 
+from kernels._jit import max_threads
+
 # Instruction-set extensions that decide how fast a kernel can be.
 _FEATURES = (
     *("sse4.2", "avx", "avx2", "fma", "f16c", "avxvnni", "avx512f", "avx512bw", "avx512vl"),
@@ -48,7 +50,7 @@ def environment() -> dict[str, Any]:
             "usable_cores": usable_cores(),
             "caches": cache_sizes(),
         },
-        "threads": {"limit": numba.config.NUMBA_NUM_THREADS, "layer": threading_layer()},
+        "threads": {"limit": max_threads(), "layer": threading_layer()},
         "versions": versions(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "os": platform.platform(),
