@@ -1,0 +1,62 @@
+"""tinynn: a neural-network engine in which every step can be read, changed, and is fast."""
+
+from kernels._jit import get_threads, max_threads, set_threads
+from tinynn import data, graph, init, nn, ops
+from tinynn.compress import distort, importance, prune, select
+from tinynn.data import Batches
+from tinynn.diagnose import find_non_finite
+from tinynn.gradcheck import gradcheck
+from tinynn.metrics import accuracy
+from tinynn.nn import Module, Parameter, load, save
+from tinynn.observe import Observer, observe
+from tinynn.op import Op, use_variant
+from tinynn.ops import mse, rmse, softmax_cross_entropy
+from tinynn.optim import SGD, Adadelta, Adam, Nadam, Optimizer, RMSProp, clip_gradients
+from tinynn.tensor import Tensor, no_grad
+from tinynn.train import Converged, History, converged, evaluate, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adadelta",
+    "Adam",
+    "Batches",
+    "Converged",
+    "History",
+    "Module",
+    "Nadam",
+    "Observer",
+    "Op",
+    "Optimizer",
+    "Parameter",
+    "RMSProp",
+    "Tensor",
+    "accuracy",
+    "clip_gradients",
+    "converged",
+    "data",
+    "distort",
+    "evaluate",
+    "find_non_finite",
+    "fit",
+    "get_threads",
+    "gradcheck",
+    "graph",
+    "importance",
+    "init",
+    "load",
+    "max_threads",
+    "mse",
+    "nn",
+    "no_grad",
+    "observe",
+    "ops",
+    "prune",
+    "rmse",
+    "save",
+    "select",
+    "set_threads",
+    "softmax_cross_entropy",
+    "use_variant",
+]

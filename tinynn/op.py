@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +37,7 @@ class Sample(NamedTuple):
 
 
 class Op:
-    """Base of all ops. Subclasses are declared `class Name(Op)`; fields become attributes."""
+    """Base of all ops: subclass it under `@dataclass(frozen=True)`; fields are its attributes."""
 
     name: ClassVar[str]
     channels: ClassVar[ChannelRule | None] = None
@@ -69,10 +68,6 @@ class Op:
         """Multiply-adds of one forward call on operands of these shapes (1 MAC = 2 FLOPs)."""
         return 0
 
-    def attributes(self) -> dict[str, Any]:
-        """The static attributes by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-
     def kernel(self) -> Callable[..., Any]:
         """The variant in force: see `use_variant`."""
         return self.variants.get(_variant) or next(iter(self.variants.values()))
@@ -85,13 +80,7 @@ class Op:
 
 registry: dict[str, type[Op]] = {}
 
-_Declared = TypeVar("_Declared", bound=Op)
 _variant = ""
-
-
-def declare(cls: type[_Declared]) -> type[_Declared]:
-    """Class decorator of every op: freeze its fields, so that equal ops compare and hash equal."""
-    return dataclass(frozen=True)(cls)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def write_bytes(path: PathLike, content: bytes) -> None:
 
 def write_json(path: PathLike, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN and infinity become null."""
-    text = json.dumps(_plain(value), indent=1, allow_nan=False)
+    text = json.dumps(plain(value), indent=1, allow_nan=False)
     write_bytes(path, (text + "\n").encode())
 
 
@@ -103,24 +103,23 @@ def parse_json(text: str, what: str) -> Any:
 
 def _digest(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
-    header = [sorted(metadata.items())]
-    header += [[(n, a.dtype.str, str(a.shape)) for n, a in sorted(arrays.items())]]
-    digest.update(json.dumps(header).encode())
+    shapes = [(n, a.dtype.str, a.shape) for n, a in sorted(arrays.items())]
+    digest.update(json.dumps([sorted(metadata.items()), shapes]).encode())
     for _, array in sorted(arrays.items()):
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
-def _plain(value: Any) -> Any:
-    """The same value in JSON's own types."""
+def plain(value: Any) -> Any:
+    """The same value in JSON's own types; NaN and infinity become None."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return plain(value.item())
     if isinstance(value, float) and not np.isfinite(value):
         return None
     if isinstance(value, Path):

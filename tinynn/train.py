@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,7 +221,7 @@ def _bar(
     """The batches of one epoch behind a progress bar."""
     if progress is False:
         return iter(data)
-    total = len(data) if hasattr(data, "__len__") else None
+    total = len(data) if isinstance(data, Sized) else None
     last = f" loss {history.losses[-1]:.4g}" if history.records else ""
     disable = None if progress is None else not progress  # None: only on a terminal
     return iter(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from kernels import elementwise, reference
-from tinynn.op import Array, Op, Sample, Saved, declare, unbroadcast
+from tinynn.op import Array, Op, Sample, Saved, unbroadcast
 from tinynn.ops._common import Operand, pair, tensor
 from tinynn.tensor import Tensor, apply
 
@@ -34,7 +35,7 @@ class _Binary(Op):
 _BROADCASTS = (((3, 4), (3, 4)), ((2, 3, 4), (4,)), ((3, 1), (1, 4)), ((), (2, 2)))
 
 
-@declare
+@dataclass(frozen=True)
 class Add(_Binary):
     """a + b."""
 
@@ -48,7 +49,7 @@ class Add(_Binary):
         return unbroadcast(grad, saved[0]), unbroadcast(grad, saved[1])
 
 
-@declare
+@dataclass(frozen=True)
 class Sub(_Binary):
     """a - b."""
 
@@ -62,7 +63,7 @@ class Sub(_Binary):
         return unbroadcast(grad, saved[0]), unbroadcast(-grad, saved[1])
 
 
-@declare
+@dataclass(frozen=True)
 class Mul(_Binary):
     """a * b."""
 
@@ -74,7 +75,7 @@ class Mul(_Binary):
         return unbroadcast(grad * b, a.shape), unbroadcast(grad * a, b.shape)
 
 
-@declare
+@dataclass(frozen=True)
 class Div(_Binary):
     """a / b."""
 
@@ -86,7 +87,7 @@ class Div(_Binary):
         return unbroadcast(grad / b, a.shape), unbroadcast(-grad * a / (b * b), b.shape)
 
 
-@declare
+@dataclass(frozen=True)
 class Maximum(_Binary):
     """max(a, b) elementwise; at a tie the gradient goes to both in equal parts."""
 
@@ -99,7 +100,7 @@ class Maximum(_Binary):
         return unbroadcast(grad * share, a.shape), unbroadcast(grad * (1 - share), b.shape)
 
 
-@declare
+@dataclass(frozen=True)
 class Minimum(_Binary):
     """min(a, b) elementwise; at a tie the gradient goes to both in equal parts."""
 
@@ -122,7 +123,7 @@ class _Unary(Op):
         return y, (y,)
 
 
-@declare
+@dataclass(frozen=True)
 class Neg(_Unary):
     """-x."""
 
@@ -136,7 +137,7 @@ class Neg(_Unary):
         return (-grad,)
 
 
-@declare
+@dataclass(frozen=True)
 class Exp(_Unary):
     """e ** x."""
 
@@ -147,7 +148,7 @@ class Exp(_Unary):
         return (grad * saved[0],)
 
 
-@declare
+@dataclass(frozen=True)
 class Log(_Unary):
     """The natural logarithm; NaN below zero and -inf at zero, as IEEE 754 says."""
 
@@ -163,7 +164,7 @@ class Log(_Unary):
             return (grad / saved[0],)
 
 
-@declare
+@dataclass(frozen=True)
 class Sqrt(_Unary):
     """The square root. Its gradient at 0 is infinite; `rmse` has an epsilon for that reason."""
 
@@ -175,7 +176,7 @@ class Sqrt(_Unary):
             return (grad / (2 * saved[0]),)
 
 
-@declare
+@dataclass(frozen=True)
 class Absolute(_Unary):
     """|x|; the gradient at 0 is 0."""
 
@@ -189,7 +190,7 @@ class Absolute(_Unary):
         return (grad * np.sign(saved[0]),)
 
 
-@declare
+@dataclass(frozen=True)
 class Power(_Unary):
     """x ** exponent, the exponent a constant."""
 
@@ -216,7 +217,7 @@ class Power(_Unary):
             return (grad * x.dtype.type(self.exponent) * x ** x.dtype.type(self.exponent - 1),)
 
 
-@declare
+@dataclass(frozen=True)
 class Relu(_Unary):
     """max(x, 0); the gradient at 0 is 0, and NaN stays NaN both ways."""
 
@@ -230,7 +231,7 @@ class Relu(_Unary):
         return (elementwise.relu_grad(grad, saved[0]),)
 
 
-@declare
+@dataclass(frozen=True)
 class Tanh(_Unary):
     """The hyperbolic tangent."""
 
@@ -247,7 +248,7 @@ def _sigmoid(x: Array) -> Array:
     return np.where(x >= 0, 1, e) / (1 + e)
 
 
-@declare
+@dataclass(frozen=True)
 class Sigmoid(_Unary):
     """1 / (1 + e ** -x), without overflow for any x."""
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from kernels import pointwise, reference
-from tinynn.op import Array, Op, Sample, Saved, Shape, declare
+from tinynn.op import Array, Op, Sample, Saved, Shape
 from tinynn.ops._common import Operand, tensor
 from tinynn.tensor import Tensor, apply
 
 
-@declare
+@dataclass(frozen=True)
 class Matmul(Op):
     """(M, K) @ (K, N) -> (M, N)."""
 
@@ -42,7 +44,7 @@ class Matmul(Op):
         return m * k * n
 
 
-@declare
+@dataclass(frozen=True)
 class Linear(Op):
     """y = x @ w + bias, then max(y, 0) if `relu`; x (M, K), w (K, N), bias (N,), y (M, N)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -10,12 +11,12 @@ import numpy.typing as npt
 from kernels import loss as kernels
 from kernels import reference
 from tinynn.errors import ConfigError, DataError
-from tinynn.op import Array, Op, Sample, Saved, declare
+from tinynn.op import Array, Op, Sample, Saved
 from tinynn.ops._common import Operand, integers, normal_axes, tensor
 from tinynn.tensor import Tensor, apply
 
 
-@declare
+@dataclass(frozen=True)
 class Softmax(Op):
     """exp(x_i) / sum_j exp(x_j) along `axis`, shifted by the maximum against overflow."""
 
@@ -37,7 +38,7 @@ class Softmax(Op):
         return (gy - y * gy.sum(axis=self.axis, keepdims=True),)
 
 
-@declare
+@dataclass(frozen=True)
 class LogSoftmax(Op):
     """x_i - log(sum_j exp(x_j)) along `axis`."""
 
@@ -67,7 +68,7 @@ class _Regression(Op):
             raise self.reject("prediction and target of one shape, not empty", prediction, target)
 
 
-@declare
+@dataclass(frozen=True)
 class Mse(_Regression):
     """mean((prediction - target) ** 2) over all elements."""
 
@@ -84,7 +85,7 @@ class Mse(_Regression):
         return g, -g
 
 
-@declare
+@dataclass(frozen=True)
 class Rmse(_Regression):
     """sqrt(mean((prediction - target) ** 2) + eps): eps keeps the gradient finite at zero loss."""
 
@@ -107,7 +108,7 @@ class Rmse(_Regression):
         return g, -g
 
 
-@declare
+@dataclass(frozen=True)
 class SoftmaxCrossEntropy(Op):
     """Mean over rows of -sum_c q_c log softmax(logits)_c.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
 from kernels import reference
 from tinynn.errors import ShapeError
-from tinynn.op import Array, Op, Sample, Saved, Shape, declare
+from tinynn.op import Array, Op, Sample, Saved, Shape
 from tinynn.ops._common import Axis, Operand, normal_axes, tensor
 from tinynn.ops.elementwise import mul, sub
 from tinynn.tensor import Tensor, apply
@@ -18,7 +19,7 @@ def _kept(shape: Shape, axes: tuple[int, ...]) -> Shape:
     return tuple(1 if i in axes else n for i, n in enumerate(shape))
 
 
-@declare
+@dataclass(frozen=True)
 class Sum(Op):
     """The sum over `axes`."""
 
@@ -45,7 +46,7 @@ class Sum(Op):
         return (np.broadcast_to(grad.reshape(_kept(shape, self.axes)), shape),)
 
 
-@declare
+@dataclass(frozen=True)
 class Max(Op):
     """The maximum over `axes`; tied maxima share the gradient equally."""
 

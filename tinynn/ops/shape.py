@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from kernels import reference
 from tinynn.errors import DTypeError, ShapeError
-from tinynn.op import Array, Op, Sample, Saved, Shape, declare
+from tinynn.op import Array, Op, Sample, Saved, Shape
 from tinynn.ops._common import Operand, integers, normal_axes, tensor
 from tinynn.tensor import Tensor, apply
 
@@ -21,7 +22,7 @@ Key = tuple[int | None, int | None, int | None]
 _KEYS = (int, np.integer, slice, type(None), type(Ellipsis))
 
 
-@declare
+@dataclass(frozen=True)
 class Reshape(Op):
     """The same elements in row-major order under another shape."""
 
@@ -40,7 +41,7 @@ class Reshape(Op):
         return (grad.reshape(saved[0]),)
 
 
-@declare
+@dataclass(frozen=True)
 class Transpose(Op):
     """The axes in another order: result axis i is operand axis axes[i]."""
 
@@ -59,7 +60,7 @@ class Transpose(Op):
         return (np.ascontiguousarray(grad.transpose(np.argsort(self.axes))),)
 
 
-@declare
+@dataclass(frozen=True)
 class Concat(Op):
     """Operands side by side along `axis`."""
 
@@ -85,7 +86,7 @@ class Concat(Op):
         return tuple(np.ascontiguousarray(p) for p in parts)
 
 
-@declare
+@dataclass(frozen=True)
 class Pad(Op):
     """Constant elements before and after each axis: widths[i] = (before, after) of axis i."""
 
@@ -109,7 +110,7 @@ class Pad(Op):
         return (np.ascontiguousarray(grad[inner]),)
 
 
-@declare
+@dataclass(frozen=True)
 class Index(Op):
     """One slice an axis: keys[i] = (start, stop, step) of axis i."""
 
@@ -141,7 +142,7 @@ class Index(Op):
         return tuple(slice(*key) for key in self.keys)
 
 
-@declare
+@dataclass(frozen=True)
 class Take(Op):
     """Rows by number: operand 0 is (n, ...), operand 1 any shape of integers in [-n, n)."""
 

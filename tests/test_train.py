@@ -1,0 +1,282 @@
+"""The training loop: it ends, logs, stops on NaN, and resumes bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tinynn import nn, ops
+from tinynn.checkpoint import load_checkpoint
+from tinynn.data import Batches
+from tinynn.errors import (
+    ConfigError,
+    DataError,
+    FileFormatError,
+    NonFiniteError,
+    OutputError,
+    TinynnError,
+)
+from tinynn.optim import SGD, Adam, Optimizer
+from tinynn.schedule import Cosine, Plateau, Schedule
+from tinynn.tensor import Tensor
+from tinynn.train import Converged, History, evaluate, fit
+
+
+class Setting:
+    """A small regression with everything that has a state: dropout, momentum, shuffling."""
+
+    def __init__(self, seed: int = 0, rows: int = 90) -> None:
+        rng = np.random.default_rng(seed)
+        self.net = nn.Sequential(
+            nn.Linear(2, 8, rng=rng), nn.ReLU(), nn.Dropout(0.1, rng=rng), nn.Linear(8, 1, rng=rng)
+        )
+        x = rng.random((rows, 2), dtype=np.float32)
+        self.data = Batches(x, x.sum(1, keepdims=True), size=16, rng=np.random.default_rng(seed))
+        self.optimizer: Optimizer = Adam(self.net.parameters(), lr=0.01)
+        self.schedule: Schedule = Cosine(total=60)
+
+    def fit(self, **options: Any) -> History:
+        return fit(
+            self.net,
+            options.pop("data", self.data),
+            loss=ops.rmse,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            **options,
+        )
+
+
+def weights(s: Setting) -> dict[str, np.ndarray]:
+    return s.net.state_dict()
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_training_reduces_the_loss_and_records_epochs() -> None:
+    s = Setting()
+    history = s.fit(epochs=10)
+    assert len(history) == 10 and history.losses[-1] < history.losses[0] / 2
+    assert [r["epoch"] for r in history.records] == list(range(1, 11))
+    assert history.records[-1]["step"] == 60
+    assert s.optimizer.lr == 0.01  # the schedule's last rate does not stick
+
+
+def test_same_seed_same_weights() -> None:
+    a, b = Setting(), Setting()
+    a.fit(epochs=2)
+    b.fit(epochs=2)
+    assert same(weights(a), weights(b))
+
+
+def test_converged_means_no_gain_within_the_window() -> None:
+    def after(*losses: float) -> bool:
+        return Converged(window=2, tolerance=0.1)(History([{"loss": v} for v in losses]))
+
+    assert not after(1.0, 0.99)
+    assert not after(1.0, 0.95, 0.85)
+    assert after(1.0, 0.95, 0.95)
+    assert after(0.5, 1.0, 2.0)
+
+
+def test_until_ends_the_training() -> None:
+    history = Setting().fit(until=lambda h: len(h) == 3)
+    assert len(history) == 3
+    with pytest.raises(ConfigError, match="epochs, until"):
+        Setting().fit()
+
+
+def test_log_has_one_line_an_epoch(tmp_path: Path) -> None:
+    s = Setting()
+    history = s.fit(epochs=3, log=tmp_path / "deep" / "log.jsonl", validation=s.data.take(2))
+    lines = [json.loads(t) for t in (tmp_path / "deep" / "log.jsonl").read_text().splitlines()]
+    assert lines == history.records
+    assert all(np.isfinite(r["validation"]) for r in lines)
+
+
+def test_evaluation_weighs_rows_not_batches() -> None:
+    s = Setting(rows=20)
+    s.net.eval()
+    expected = ((s.net(Tensor(s.data.x)).data - s.data.y) ** 2).mean()
+    assert np.isclose(evaluate(s.net, s.data, ops.mse), expected, rtol=1e-5)
+    with pytest.raises(DataError):
+        evaluate(s.net, [], ops.mse)
+
+
+def stopping_after(step: int, data: Batches) -> Iterator[Any]:
+    """An epoch that is cut off, as by a power failure, after some steps."""
+    for i, batch in enumerate(data):
+        if i == step:
+            raise RuntimeError("power failure")
+        yield batch
+
+
+class Cut:
+    """The data set of a run that dies in its third epoch."""
+
+    def __init__(self, data: Batches) -> None:
+        self.data, self.epoch = data, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.epoch += 1
+        return stopping_after(4 if self.epoch == 3 else 99, self.data)
+
+    def state_dict(self) -> Any:
+        return self.data.state_dict()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+@pytest.mark.parametrize(
+    "make", [lambda p: SGD(p, lr=0.05, momentum=0.9, nesterov=True), lambda p: Adam(p, lr=0.01)]
+)
+@pytest.mark.parametrize("schedule", [lambda: Cosine(total=60), lambda: Plateau(patience=1)])
+def test_a_resumed_training_gives_the_same_bits(
+    tmp_path: Path, seconds: float, make: Callable[..., Optimizer], schedule: Callable[[], Schedule]
+) -> None:
+    def setting(seed: int) -> Setting:
+        s = Setting(seed)
+        s.optimizer, s.schedule = make(s.net.parameters()), schedule()
+        return s
+
+    whole = setting(0)
+    expected = whole.fit(epochs=5)
+    path = tmp_path / "state"
+    broken = setting(0)
+    options = {"epochs": 5, "checkpoint": path, "checkpoint_seconds": seconds}
+    with pytest.raises(RuntimeError, match="power failure"):
+        broken.fit(data=Cut(broken.data), **options)
+    other = setting(1)  # everything that matters must come from the file
+    other.data = Batches(whole.data.x, whole.data.y, size=16, rng=np.random.default_rng(99))
+    history = other.fit(resume=True, **options)
+    assert same(weights(other), weights(whole))
+    assert history.losses == expected.losses
+    again = setting(2)
+    assert again.fit(resume=True, **options).losses == expected.losses
+    assert same(weights(again), weights(whole))
+
+
+def test_resume_without_a_file_starts_afresh(tmp_path: Path) -> None:
+    history = Setting().fit(epochs=1, checkpoint=tmp_path / "state", resume=True)
+    assert len(history) == 1
+
+
+def test_a_damaged_checkpoint_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    Setting().fit(epochs=1, checkpoint=path)
+    content = path.read_bytes()
+    for damaged in (content[:-5], content[:100], b"", content[:-1] + bytes([content[-1] ^ 1])):
+        path.write_bytes(damaged)
+        s = Setting(3)
+        before = weights(s)
+        with pytest.raises(FileFormatError, match="state"):
+            s.fit(epochs=2, checkpoint=path, resume=True)
+        assert same(weights(s), before)
+        assert path.read_bytes() == damaged
+
+
+def test_a_checkpoint_of_something_else_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    Setting().fit(epochs=1, checkpoint=path)
+    other_optimizer, other_data, other_net = Setting(1), Setting(1, rows=40), Setting(1)
+    other_optimizer.optimizer = SGD(other_optimizer.net.parameters(), lr=0.1)
+    other_net.net = nn.Sequential(nn.Linear(2, 1, rng=np.random.default_rng(0)))
+    other_net.optimizer = Adam(other_net.net.parameters(), lr=0.1)
+    for s in (other_optimizer, other_data, other_net):
+        before = weights(s)
+        with pytest.raises(TinynnError):
+            s.fit(epochs=2, checkpoint=path, resume=True)
+        assert same(weights(s), before)
+    model = tmp_path / "model"
+    nn.save(model, Setting().net)
+    s = Setting()
+    with pytest.raises(FileFormatError, match="no training checkpoint"):
+        load_checkpoint(model, s.net, s.optimizer, s.schedule, s.data)
+
+
+def test_nan_in_the_loss_stops_with_the_step_and_the_op() -> None:
+    s = Setting()
+
+    def bad_loss(prediction: Tensor, target: Any) -> Tensor:
+        return ops.rmse(ops.log(prediction - 1e6), target)
+
+    with pytest.raises(NonFiniteError, match=r"step 0.*Log.*16 of 16"):
+        fit(s.net, s.data, loss=bad_loss, optimizer=s.optimizer, epochs=1)
+
+
+def test_exploding_weights_are_named_with_the_step() -> None:
+    s = Setting()
+    s.schedule = Plateau(patience=100)
+    s.optimizer = SGD(s.net.parameters(), lr=1e30)
+    with pytest.raises(NonFiniteError, match=r"step \d+: the loss is (nan|inf)"):
+        s.fit(epochs=5)
+
+
+def test_data_without_batches_and_unwritable_files() -> None:
+    s = Setting()
+    with pytest.raises(DataError, match="at least one batch"):
+        s.fit(data=[], epochs=1)
+    with pytest.raises(OutputError):
+        s.fit(epochs=1, log="/proc/nothing/log.jsonl")
+    with pytest.raises(OutputError):
+        s.fit(epochs=1, checkpoint="/proc/nothing/state")
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {root!r}); sys.path.insert(0, {tests!r})
+from test_train import Setting
+from tinynn.train import fit
+s = Setting()
+class Slow:
+    def __iter__(self):
+        for batch in s.data:
+            time.sleep(0.02)
+            yield batch
+    def state_dict(self): return s.data.state_dict()
+    def load_state_dict(self, state): s.data.load_state_dict(state)
+print("started", flush=True)
+s.fit(data=Slow(), epochs=1000, checkpoint=sys.argv[1], checkpoint_seconds=0.05)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_process_leaves_a_usable_checkpoint(
+    tmp_path: Path, how: signal.Signals
+) -> None:
+    path = tmp_path / "state"
+    here = Path(__file__).resolve()
+    script = SCRIPT.format(root=str(here.parents[1]), tests=str(here.parent))
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode != 0
+    if how == signal.SIGINT:
+        assert b"stopped by the user at step" in errors
+    s = Setting(5)
+    s.data = Setting(0).data
+    at, _ = load_checkpoint(path, s.net, s.optimizer, s.schedule, s.data)
+    assert at.step > 0
+    resumed = Setting(6)
+    resumed.data = Setting(0).data
+    resumed.fit(epochs=at.epoch + 2, checkpoint=path, resume=True)
+    whole = Setting(0)
+    whole.fit(epochs=at.epoch + 2)
+    assert same(weights(resumed), weights(whole))
