@@ -35,6 +35,10 @@ class ContestantError(Exception):
     """Why a contestant could not be timed."""
 
 
+class TooSlowError(ContestantError):
+    """The contestant gave no answer in time."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How long a race may take: seconds, except `rounds`."""
@@ -46,7 +50,7 @@ class Settings:
     round_timeout: float = 60.0
 
 
-QUICK = Settings(rounds=7, round_seconds=0.01, build_timeout=30.0, round_timeout=10.0)
+QUICK = Settings(rounds=7, round_seconds=0.01, build_timeout=25.0, round_timeout=10.0)
 
 
 @dataclass
@@ -103,7 +107,7 @@ class Worker:
             line = self._replies.get(timeout=max(timeout, 0.0))
         except queue.Empty:
             self.kill()
-            raise ContestantError("no answer in time; stopped") from None
+            raise TooSlowError("no answer in time; stopped") from None
         if line is None:
             raise ContestantError(self._obituary())
         reply: dict[str, Any] = json.loads(line)
@@ -146,6 +150,7 @@ class Team:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._workers: dict[tuple[str, int], Worker] = {}
+        self._given_up: set[str] = set()
 
     def __enter__(self) -> Team:
         return self
@@ -188,6 +193,9 @@ class Team:
             if not LIBRARIES[name].installed():
                 race.failures[name] = f"not installed ({LIBRARIES[name].module})"
                 continue
+            if name in self._given_up:
+                race.failures[name] = "took too long in an earlier case; not tried again"
+                continue
             worker = self._worker(name, race.case.threads)
             try:
                 worker.send("build", suite=suite.__name__, case=str(race.case))
@@ -197,8 +205,8 @@ class Team:
         limit = time.monotonic() + self.settings.build_timeout
         for name in list(racing):
             reply = self._receive(race, racing, name, limit - time.monotonic())
-            if reply and reply["layer"]:
-                race.layer = reply["layer"]
+            if reply:
+                race.layer = reply["layer"] or race.layer
         return racing
 
     def _worker(self, library: str, threads: int) -> Worker:
@@ -213,6 +221,7 @@ class Team:
     def _ask(
         self, race: Race, racing: dict[str, Worker], name: str, action: str, **arguments: Any
     ) -> dict[str, Any] | None:
+        """The answer of `name`; None if it failed, now (the reason is noted) or before."""
         if name not in racing:
             return None
         time.sleep(self.settings.pause)
@@ -233,6 +242,8 @@ class Team:
         except ContestantError as error:
             race.failures[name] = str(error)
             del racing[name]
+            if isinstance(error, TooSlowError):
+                self._given_up.add(name)
             return None
 
     def _disqualify(

@@ -106,7 +106,12 @@ def plot_roofline(
         for record, intensity in zip(mine, intensities, strict=True):
             axes.plot(intensity, record["gflops"], "ko", markersize=4)
             axes.annotate(
-                _short(record["case"]), (intensity, record["gflops"]), fontsize=5, rotation=20
+                _short(record["case"]),
+                (intensity, record["gflops"]),
+                (-4, -4),
+                textcoords="offset points",
+                ha="right",
+                fontsize=5,
             )
         axes.set_xscale("log")
         axes.set_yscale("log")

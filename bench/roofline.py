@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from bench.libraries import OURS
 from bench.race import ContestantError, Team
 from bench.suites import Work, roofline
 from tinynn.storage import write_json
+
+_QUIET_SPREAD = 0.15
 
 
 @dataclass(frozen=True)
@@ -41,21 +43,22 @@ class Limits:
         return max(work.flops / self.flops, work.bytes / bandwidth)
 
 
-def limits(team: Team, threads: Iterable[int], cache: Path, *, remeasure: bool) -> list[Limits]:
+def limits(team: Team, threads: Sequence[int], cache: Path, *, remeasure: bool) -> list[Limits]:
     """The limits for each thread count, from `cache` or measured and written there.
 
-    Raises ContestantError if a probe fails.
+    What was measured while other work disturbed it is used, and not kept. Raises ContestantError
+    if a probe fails.
     """
-    known = {} if remeasure else _read(cache)
-    measured = False
+    known = _read(cache)
+    found = {count: known[count] for count in threads if count in known and not remeasure}
     for count in threads:
-        if count not in known:
-            known[count] = _measure(team, count)
-            measured = True
-    if measured:
-        with contextlib.suppress(OSError):  # then it is measured again next time
-            write_json(cache, [asdict(known[count]) for count in sorted(known)])
-    return [known[count] for count in threads]
+        if count not in found:
+            found[count], spread = _measure(team, count)
+            if spread <= _QUIET_SPREAD:
+                known[count] = found[count]
+                with contextlib.suppress(OSError):  # then it is measured again next time
+                    write_json(cache, [asdict(known[n]) for n in sorted(known)])
+    return [found[count] for count in threads]
 
 
 def cache_file() -> Path:
@@ -70,11 +73,12 @@ def cache_file() -> Path:
     return user_cache_dir() / "roofline" / f"{digest[:20]}.json"
 
 
-def _measure(team: Team, threads: int) -> Limits:
-    """A limit is what the best round reached, not the median one."""
+def _measure(team: Team, threads: int) -> tuple[Limits, float]:
+    """The limits, each what the best round reached, and the largest spread of the rounds."""
     from tinynn.environment import cache_sizes
 
     rates: dict[str, float] = {}
+    spreads = []
     for problem in roofline.cases(quick=False):
         case = problem.on(threads)
         race = team.race(roofline, case, roofline.LIBRARIES)
@@ -82,9 +86,10 @@ def _measure(team: Team, threads: int) -> Limits:
             raise ContestantError(f"{case}: {race.failures[OURS]}")
         work = roofline.work(case)
         rates[str(case["of"])] = (work.bytes or work.flops) / race.timings[OURS].minimum
+        spreads.append(race.timings[OURS].spread)
     sizes = cache_sizes()
     caches = {"L1": threads * sizes["L1"], "L2": threads * sizes["L2"], "L3": sizes["L3"]}
-    return Limits(threads, rates.pop("fma"), caches, rates)
+    return Limits(threads, rates.pop("fma"), caches, rates), max(spreads)
 
 
 def _read(cache: Path) -> dict[int, Limits]:
