@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -91,9 +92,13 @@ def _problems(options: argparse.Namespace) -> list[tuple[Suite, Case]]:
             problems.append((suites.suite_of(case), case))
         except KeyError:
             raise CaseError(f"case {text!r}: no suite has the family {case.family!r}") from None
-    for _, case in problems:
+    for suite, case in problems:
         if case.threads > cores:
             raise CaseError(f"threads={case.threads}: this process may use {cores} cores")
+        try:
+            suite.work(case)
+        except (KeyError, ValueError) as error:
+            raise CaseError(f"case {str(case)!r} is incomplete or wrong: {error}") from None
     known = {name for suite, _ in problems for name in suite.LIBRARIES if name != OURS}
     unknown = set(options.peers or ()) - known
     if unknown:
@@ -108,6 +113,8 @@ def _run(problems: list[tuple[Suite, Case]], options: argparse.Namespace) -> int
         _warn(f"the load average is {load}: other work may disturb the figures")
     if options.json is not None:  # find out now, not after minutes of measuring
         _check_writable(options.json.parent)
+    if options.out is not None:
+        _check_writable(options.out)
     with Team(QUICK if options.quick else Settings()) as team:
         limits = _limits(team, problems, remeasure=options.remeasure)
         print("\n".join([f"{facts['cpu']['name']}", *report.limits_lines(limits), ""]), flush=True)
@@ -200,4 +207,5 @@ def _warn(text: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the workers then, too
     sys.exit(main())
