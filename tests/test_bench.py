@@ -472,10 +472,11 @@ def test_every_suite_can_build_its_own_cases():
 
 @pytest.mark.parametrize("library", ["tinynn", "torch"])
 @pytest.mark.parametrize("hidden", [1, 7])
-def test_training_steps_do_the_same_work(library, hidden):
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_training_steps_do_the_same_work(library, hidden, dtype):
     if library == "torch":
         pytest.importorskip("torch")
-    case = Case.of("train_step", x=(20, 2), hidden=hidden)
+    case = Case.of("train_step", x=(20, 2), hidden=hidden, dtype=dtype)
     steps = train_step.build(library, case)
     by_hand = train_step.build("numpy", case)
     assert callable(by_hand)
@@ -483,7 +484,7 @@ def test_training_steps_do_the_same_work(library, hidden):
     for step in [steps] if callable(steps) else steps.values():
         losses = [step() for _ in range(5)]
         got = [float(np.asarray(loss.detach())) for loss in losses]  # type: ignore[attr-defined]
-        np.testing.assert_allclose(got, expected, rtol=1e-4)
+        np.testing.assert_allclose(got, expected, rtol=1e-4 if dtype == "float32" else 1e-12)
 
 
 def test_environment_is_json():

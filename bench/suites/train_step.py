@@ -72,7 +72,11 @@ def _tinynn(case: Case) -> Built:
     x, target, initial = _problem(case)
     rng = np.random.default_rng(0)
     hidden = case.integer("hidden")
-    net = nn.Sequential(nn.Linear(2, hidden, rng=rng), nn.ReLU(), nn.Linear(hidden, 1, rng=rng))
+    net = nn.Sequential(
+        nn.Linear(2, hidden, rng=rng, dtype=case.dtype),
+        nn.ReLU(),
+        nn.Linear(hidden, 1, rng=rng, dtype=case.dtype),
+    )
     for parameter, value in zip(net.parameters(), initial, strict=True):
         parameter.mutate()[...] = value
     optimizer = tn.SGD(net.parameters(), lr=LR, momentum=MOMENTUM)
@@ -94,7 +98,7 @@ def _numpy(case: Case) -> Built:
 
     x, target, (w1, b1, w2, b2) = _problem(case)
     velocities = [np.zeros_like(p) for p in (w1, b1, w2, b2)]
-    batch = len(x)
+    batch, scalar = len(x), x.dtype.type
     h = np.empty((batch, w1.shape[1]), case.dtype)
     grad_h = np.empty_like(h)
 
@@ -104,14 +108,14 @@ def _numpy(case: Case) -> Built:
         np.maximum(h, 0, out=h)
         error = h @ w2 + b2 - target
         loss = float(np.sqrt(np.mean(error * error)))
-        g = error * np.float32(1 / (batch * loss))
+        g = error * scalar(1 / (batch * loss))
         np.multiply(g, w2.T, out=grad_h)
         np.multiply(grad_h, h > 0, out=grad_h)
         grads = (x.T @ grad_h, grad_h.sum(0), h.T @ g, g.sum(0))
         for p, v, grad in zip((w1, b1, w2, b2), velocities, grads, strict=True):
-            v *= np.float32(MOMENTUM)
+            v *= scalar(MOMENTUM)
             v += grad
-            p -= np.float32(LR) * v
+            p -= scalar(LR) * v
         return loss
 
     return step
