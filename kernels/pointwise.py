@@ -29,7 +29,7 @@ from kernels.elementwise import relu_grad
 
 NARROW = 4  # sizes up to this are held in registers
 _CHUNKS = 16  # parts of a sum over rows; also the most threads it can use
-_CHUNK_ROWS = 32  # at least, so that partial sums stay small beside what is summed
+_CHUNK_ROWS = 64  # at least, so that partial sums stay small beside what is summed
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 32, 512, 256  # a block of B (512 KiB in float32) stays in L2
 
 
@@ -103,7 +103,7 @@ def _dots_rows(A, Y, off, W, D, lo, hi):
 def _reduce_rows(S, A, Y, off, P, lo, hi):
     # P[r, n] = sum_m S[m, r] G[m, n], P[R, n] = sum_m G[m, n], lo <= m < hi
     # G = A where not Y <= off, else 0;  S (M, R), A, Y (M, N), P (R + 1, N); R = 2 or 4
-    # R = 1: Y is not read, P[1] not written
+    # R = 1: Y is not read, P (1, N)
     # Four rows at a time: a sum is loaded and stored once for four terms.
     N = A.shape[1]
     R = S.shape[1]
@@ -163,7 +163,7 @@ def _dots_loop(A, Y, off, W, D, chunks):
 
 
 def _reduce_loop(S, A, Y, off, P):
-    # P (chunks, R + 1, N)
+    # P (chunks, R + 1, N), or (chunks, 1, N) where R = 1
     for c in prange(P.shape[0]):
         lo, hi = _chunk(c, P.shape[0], A.shape[0])
         _reduce_rows(S, A, Y, off, P[c], lo, hi)
@@ -188,7 +188,9 @@ def _padded(array: np.ndarray, axis: int, least: int = 1) -> np.ndarray:
 
 
 def _chunks(rows: int) -> int:
-    return max(1, min(_CHUNKS, rows // _CHUNK_ROWS))
+    """A power of two, which common thread counts share evenly."""
+    parts = max(1, min(_CHUNKS, rows // _CHUNK_ROWS))
+    return 1 << (parts.bit_length() - 1)
 
 
 def _low(relu: bool, dtype: np.dtype[Any]) -> Any:
@@ -228,7 +230,8 @@ def _reduce_masked(
 
 
 def _reduced(s: np.ndarray, a: np.ndarray, y: np.ndarray | None) -> np.ndarray:
-    p = np.empty((_chunks(len(a)), s.shape[1] + 1, a.shape[1]), a.dtype)
+    rank = s.shape[1]
+    p = np.empty((_chunks(len(a)), 1 if rank == 1 else rank + 1, a.shape[1]), a.dtype)
     mask, off = _mask(a, y)
     _reduce_variants.choose(a.nbytes)(s, a, mask, off, p)
     return p[0] if len(p) == 1 else p.sum(axis=0)  # over an outer axis: in order, by NumPy
