@@ -117,6 +117,9 @@ def _run(problems: list[tuple[Suite, Case]], options: argparse.Namespace) -> int
         _check_writable(options.out)
     with Team(QUICK if options.quick else Settings()) as team:
         limits = _limits(team, problems, remeasure=options.remeasure)
+        for entry in limits:
+            if not entry.trustworthy():
+                _warn(f"limits of {entry.threads} threads vary by {entry.spread:.0%}; not kept")
         print("\n".join([f"{facts['cpu']['name']}", *report.limits_lines(limits), ""]), flush=True)
         races, records, work = _races(team, problems, limits, options.peers)
     summary = summarize(records)

@@ -30,6 +30,11 @@ class Limits:
     flops: float
     caches: dict[str, int]  # capacities in bytes, all threads together, the smallest first
     bandwidths: dict[str, float]  # of the caches and of memory
+    spread: float  # the largest among the probes' rounds
+
+    def trustworthy(self) -> bool:
+        """Whether nothing disturbed the measurement."""
+        return self.spread <= _QUIET_SPREAD
 
     def level(self, nbytes: float) -> str:
         """The smallest level that holds so many bytes."""
@@ -53,8 +58,8 @@ def limits(team: Team, threads: Sequence[int], cache: Path, *, remeasure: bool) 
     found = {count: known[count] for count in threads if count in known and not remeasure}
     for count in threads:
         if count not in found:
-            found[count], spread = _measure(team, count)
-            if spread <= _QUIET_SPREAD:
+            found[count] = _measure(team, count)
+            if found[count].trustworthy():
                 known[count] = found[count]
                 with contextlib.suppress(OSError):  # then it is measured again next time
                     write_json(cache, [asdict(known[n]) for n in sorted(known)])
@@ -73,8 +78,8 @@ def cache_file() -> Path:
     return user_cache_dir() / "roofline" / f"{digest[:20]}.json"
 
 
-def _measure(team: Team, threads: int) -> tuple[Limits, float]:
-    """The limits, each what the best round reached, and the largest spread of the rounds."""
+def _measure(team: Team, threads: int) -> Limits:
+    """The limits: each is what the best round reached, not the median one."""
     from tinynn.environment import cache_sizes
 
     rates: dict[str, float] = {}
@@ -89,7 +94,7 @@ def _measure(team: Team, threads: int) -> tuple[Limits, float]:
         spreads.append(race.timings[OURS].spread)
     sizes = cache_sizes()
     caches = {"L1": threads * sizes["L1"], "L2": threads * sizes["L2"], "L3": sizes["L3"]}
-    return Limits(threads, rates.pop("fma"), caches, rates), max(spreads)
+    return Limits(threads, rates.pop("fma"), caches, rates, max(spreads))
 
 
 def _read(cache: Path) -> dict[int, Limits]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +28,11 @@ from tinynn.environment import environment
 
 FAST = Settings(rounds=3, round_seconds=1e-4, pause=0.0)
 LIMITS = Limits(
-    1, 100e9, {"L1": 1000, "L2": 10_000}, {"L1": 200e9, "L2": 100e9, "L3": 50e9, "memory": 10e9}
+    threads=1,
+    flops=100e9,
+    caches={"L1": 1000, "L2": 10_000},
+    bandwidths={"L1": 200e9, "L2": 100e9, "L3": 50e9, "memory": 10e9},
+    spread=0.01,
 )
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
@@ -172,9 +177,9 @@ def test_limits_are_kept_and_a_damaged_file_is_measured_again(tmp_path, monkeypa
 
     spread = 0.01
 
-    def pretend(team: object, threads: int) -> tuple[Limits, float]:
+    def pretend(team: object, threads: int) -> Limits:
         measured.append(threads)
-        return Limits(threads, 1.0, LIMITS.caches, LIMITS.bandwidths), spread
+        return replace(LIMITS, threads=threads, spread=spread)
 
     monkeypatch.setattr(roofline, "_measure", pretend)
     cache = tmp_path / "roofline" / "limits.json"
@@ -188,7 +193,7 @@ def test_limits_are_kept_and_a_damaged_file_is_measured_again(tmp_path, monkeypa
     cache.write_text(cache.read_text()[:-20])
     spread = 0.5  # a busy machine: used, not kept
     for _ in range(2):
-        assert roofline.limits(team, [1], cache, remeasure=False) == first[:1]
+        assert roofline.limits(team, [1], cache, remeasure=False) == [replace(LIMITS, spread=0.5)]
     assert measured == [1, 2, 2, 1, 1]
 
 
