@@ -7,6 +7,7 @@ in the dtype of the arrays: give float64 to get the exact value, float32 to see 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -422,3 +423,17 @@ def take_slice(x: np.ndarray, slices: Sequence[slice]) -> np.ndarray:
     for i in _indices(out.shape):
         out[i] = x[tuple(r[k] for r, k in zip(ranges, i, strict=True))]
     return out
+
+
+def channels(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Count above zero, mean, squared deviations summed, minimum and maximum of each column."""
+    # mean[c] = 1/M sum_m x[m, c], squares[c] = sum_m (x[m, c] - mean[c])^2
+    rows, columns = x.shape
+    count = np.array([sum(x[m, c] > 0 for m in range(rows)) for c in range(columns)], np.int64)
+    mean = np.array([math.fsum(x[m, c] for m in range(rows)) / rows for c in range(columns)])
+    squares = np.array(
+        [math.fsum((float(x[m, c]) - mean[c]) ** 2 for m in range(rows)) for c in range(columns)]
+    )
+    low = np.array([min(x[m, c] for m in range(rows)) for c in range(columns)], x.dtype)
+    high = np.array([max(x[m, c] for m in range(rows)) for c in range(columns)], x.dtype)
+    return count, mean, squares, low, high

@@ -93,8 +93,19 @@ def test_converged_means_no_gain_within_the_window() -> None:
 def test_until_ends_the_training() -> None:
     history = Setting().fit(until=lambda h: len(h) == 3)
     assert len(history) == 3
-    with pytest.raises(ConfigError, match="epochs, until"):
+    with pytest.raises(ConfigError, match="epochs, steps or until"):
         Setting().fit()
+
+
+def test_steps_may_end_within_an_epoch_and_resume_there(tmp_path: Path) -> None:
+    whole, cut = Setting(), Setting()
+    assert [r["step"] for r in whole.fit(steps=9).records] == [6, 9]
+    path = tmp_path / "state"
+    cut.fit(steps=4, checkpoint=path)
+    later = Setting(1)
+    later.data = Batches(whole.data.x, whole.data.y, size=16, rng=np.random.default_rng(7))
+    later.fit(steps=9, checkpoint=path, resume=True)
+    assert same(weights(later), weights(whole))
 
 
 def test_log_has_one_line_an_epoch(tmp_path: Path) -> None:

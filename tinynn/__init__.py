@@ -2,7 +2,7 @@
 
 from kernels._jit import get_threads, max_threads, set_threads
 from tinynn import data, graph, init, nn, ops
-from tinynn.compress import distort, importance, prune, select
+from tinynn.compress import distort, importance, merge, prune, select
 from tinynn.data import Batches
 from tinynn.diagnose import find_non_finite
 from tinynn.gradcheck import gradcheck
@@ -47,6 +47,7 @@ __all__ = [
     "init",
     "load",
     "max_threads",
+    "merge",
     "mse",
     "nn",
     "no_grad",

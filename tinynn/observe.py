@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kernels import statistics
 from tinynn.errors import DataError, GraphError
 from tinynn.graph import Graph, Value, trace
 from tinynn.nn.module import Module
@@ -55,14 +56,12 @@ class Statistics:
         """Take in an array (..., channels)."""
         x = activation.reshape(-1, activation.shape[-1])
         n = len(x)
-        mean = x.mean(axis=0, dtype=np.float64)
-        squares = np.square(x - mean).sum(axis=0)
+        count, mean, squares, low, high = statistics.channels(x)
         delta, total = mean - self.mean, self.samples + n
         self.mean = self.mean + delta * (n / total)
         self._squares = self._squares + squares + delta * delta * (self.samples * n / total)
-        self.count = self.count + (x > 0).sum(axis=0)
-        self.low = np.minimum(self.low, x.min(axis=0))
-        self.high = np.maximum(self.high, x.max(axis=0))
+        self.count = self.count + count
+        self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
         self.samples = total
 
 

@@ -74,6 +74,7 @@ def fit(
     loss: Loss,
     optimizer: Optimizer,
     epochs: int | None = None,
+    steps: int | None = None,
     until: Callable[[History], bool] | None = None,
     schedule: Schedule | None = None,
     validation: Iterable[Any] | None = None,
@@ -87,10 +88,10 @@ def fit(
     """Train `model` on `data` and return what happened.
 
     `data` yields (x, y) batches and may be iterated once an epoch. Training ends after `epochs`
-    epochs in all, or when `until(history)` is true at the end of an epoch; one of the two must be
-    given. `schedule` gives each step's learning rate from the optimiser's own. `log` is a file to
-    which each epoch's record is appended as a line of JSON. `progress` shows a bar: by default
-    only on a terminal.
+    epochs or `steps` optimiser steps in all (then the last epoch is a part of one), or when
+    `until(history)` is true at the end of an epoch; one of the three must be given. `schedule`
+    gives each step's learning rate from the optimiser's own. `log` is a file to which each epoch's
+    record is appended as a line of JSON. `progress` shows a bar: by default only on a terminal.
 
     With `checkpoint`, the state is saved after every epoch, at least every `checkpoint_seconds`,
     and on Ctrl-C, which then ends the training after the step under way; `resume=True` continues
@@ -100,13 +101,16 @@ def fit(
     infinite; the model then has the parameters of the step before. Raises DataError for data
     without batches, OutputError where a file cannot be written.
     """
-    if epochs is None and until is None:
-        raise ConfigError("fit: required epochs, until, or both; came neither")
+    if epochs is None and steps is None and until is None:
+        raise ConfigError("fit: required epochs, steps or until; came none of them")
+    last_epoch = math.inf if epochs is None else epochs
+    last_step = math.inf if steps is None else steps
     schedule = schedule or Constant()
     base_lr = optimizer.lr
     at, history = Progress(), History()
     if resume and exists(checkpoint):
-        at, history.records = load_checkpoint(checkpoint, model, optimizer, schedule, data)  # type: ignore[arg-type]
+        assert checkpoint is not None
+        at, history.records = load_checkpoint(checkpoint, model, optimizer, schedule, data)
     if log is not None:
         _start(Path(log), history.records)
 
@@ -121,7 +125,7 @@ def fit(
     try:
         with _interruptible(checkpoint is not None) as interrupted:
             saved = time.monotonic()
-            while not finished and (epochs is None or at.epoch < epochs):
+            while not finished and at.epoch < last_epoch and at.step < last_step:
                 began = time.monotonic()
                 for x, y in _bar(data, at, history, progress):
                     optimizer.lr = schedule.lr(at.step, base_lr)
@@ -132,6 +136,8 @@ def fit(
                         saved = time.monotonic()
                         if interrupted():
                             raise KeyboardInterrupt(f"stopped by the user at step {at.step}")
+                    if at.step >= last_step:
+                        break
                 record = _close_epoch(at, optimizer.lr, time.monotonic() - began)
                 if validation is not None:
                     record["validation"] = evaluate(model, validation, loss)

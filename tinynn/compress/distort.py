@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -43,12 +43,14 @@ def distort(
     formula: str = "published",
     low: float = 0.0,
     high: float = 1.0,
+    only: Collection[str] | None = None,
 ) -> Module:
     """A new model with w + scale * U[low, high) * amplitude(w) for every parameter w.
 
-    `formula` names the amplitude: see FORMULAS. The defaults are the published distortion, whose
-    random numbers are never negative, so that it pushes all parameters up.
-    Raises ConfigError for an unknown formula, or a scale or range that is no number.
+    `formula` names the amplitude: see FORMULAS. `only` names the parameters to distort, by dotted
+    path; the others stay. The defaults are the published distortion, whose random numbers are
+    never negative, so that it pushes all parameters up.
+    Raises ConfigError for an unknown formula or parameter, or a scale or range that is no number.
     """
     if formula not in FORMULAS:
         raise ConfigError(f"distort: required one of {sorted(FORMULAS)}; came {formula!r}")
@@ -57,7 +59,11 @@ def distort(
             f"distort: required finite scale and low <= high; came {scale}, {low}, {high}"
         )
     out = model.copy()
-    for p in out.parameters():
+    parameters = dict(out.named_parameters())
+    chosen = parameters.keys() if only is None else only
+    if unknown := sorted(set(chosen) - parameters.keys()):
+        raise ConfigError(f"distort: no parameters {unknown}; there are {sorted(parameters)}")
+    for p in (parameters[name] for name in parameters if name in chosen):
         amplitude = scale * FORMULAS[formula](p.data)
         noise = rng.uniform(low, high, p.shape) * amplitude
         p.mutate()[...] += noise.astype(p.dtype)

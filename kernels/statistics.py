@@ -1,0 +1,54 @@
+"""Per-channel statistics of an activation in one pass over it."""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from kernels._jit import Variants, prepared
+
+_CHUNK = 128  # channels at a time: their sums stay in the first-level cache
+
+
+def _channels_loop(X, count, total, squares, low, high):
+    # count[c] = #{m: X[m, c] > 0}, total[c] = sum_m D[m, c], squares[c] = sum_m D[m, c]^2,
+    # D[m, c] = X[m, c] - X[0, c]: shifted, so that the squares do not cancel;  X (M, C)
+    M, C = X.shape
+    for k in prange((C + _CHUNK - 1) // _CHUNK):
+        lo, hi = k * _CHUNK, min(C, (k + 1) * _CHUNK)
+        n, t, q, small, large = count[lo:hi], total[lo:hi], squares[lo:hi], low[lo:hi], high[lo:hi]
+        for m in range(M):
+            x, first = X[m, lo:hi], X[0, lo:hi]
+            for c in range(hi - lo):
+                v = x[c]
+                d = np.float64(v) - np.float64(first[c])
+                n[c] += np.int64(v > 0)
+                t[c] += d
+                q[c] += d * d
+                small[c] = v if v < small[c] else small[c]
+                large[c] = v if v > large[c] else large[c]
+
+
+_channels = Variants(_channels_loop)
+
+#: count above zero (int64), mean and summed squared deviations from it (float64), least, largest
+Moments = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def channels(x: np.ndarray) -> Moments:
+    """Count above zero, mean, squared deviations summed, minimum and maximum of each column.
+
+    x (M, C) with M >= 1; every result has shape (C,). A NaN makes its column's mean and squares
+    NaN and is passed over by the other three.
+    """
+    if x.ndim != 2 or not len(x):
+        raise ValueError(f"channels: expected (M, C) with M >= 1, got shape {x.shape}")
+    (x,) = prepared("channels", x)
+    rows, columns = x.shape
+    count = np.zeros(columns, np.int64)
+    total, squares = np.zeros(columns), np.zeros(columns)
+    low, high = np.full(columns, np.inf, x.dtype), np.full(columns, -np.inf, x.dtype)
+    _channels.choose(x.nbytes)(x, count, total, squares, low, high)
+    return count, x[0] + total / rows, squares - total * total / rows, low, high

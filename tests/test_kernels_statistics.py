@@ -1,0 +1,50 @@
+"""The observer's kernel against plain loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import reference, statistics
+from kernels._jit import get_threads, max_threads, set_threads
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 40), st.integers(1, 300), st.sampled_from([np.float32, np.float64]))
+def test_against_the_reference(rows: int, columns: int, dtype: type) -> None:
+    rng = np.random.default_rng(rows * 1000 + columns)
+    x = rng.normal(100, 3, (rows, columns)).astype(dtype)
+    x[:, ::3] -= 100
+    x[:, 0] = 7.25  # a constant column has no deviation at all
+    got, expected = statistics.channels(x), reference.channels(x)
+    for name, a, b in zip("count mean squares low high".split(), got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-7, err_msg=name)
+    assert got[2][0] == 0 and got[1][0] == 7.25
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    x = np.random.default_rng(0).standard_normal((500, 1001)).astype(np.float32)
+    before = get_threads()
+    results = []
+    for threads in {1, max_threads()}:
+        set_threads(threads)
+        results.append(statistics.channels(x))
+    set_threads(before)
+    for parts in zip(*results, strict=True):
+        np.testing.assert_array_equal(parts[0], parts[-1])
+
+
+def test_non_finite_values() -> None:
+    x = np.array([[np.nan, np.inf, -np.inf], [1.0, 1.0, 1.0]])
+    count, mean, _, low, high = statistics.channels(x)
+    assert count.tolist() == [1, 2, 1]
+    assert np.isnan(mean[0])
+    assert low.tolist() == [1, 1, -np.inf] and high.tolist() == [1, np.inf, 1]
+
+
+def test_bad_shapes_are_refused() -> None:
+    for shape in ((3,), (0, 3), (2, 2, 2)):
+        with pytest.raises(ValueError, match="channels"):
+            statistics.channels(np.ones(shape))
