@@ -225,9 +225,8 @@ def _records(
             for i, record in enumerate(results, 1):
                 yield record
                 bar.update()
-                say(
-                    f"[{i}/{total}] {record['cell']} seed {record['seed']}: {experiment.line(record)}"
-                )
+                where = f"[{i}/{total}] {record['cell']} seed {record['seed']}"
+                say(f"{where}: {experiment.line(record)}")
 
 
 def _timed(

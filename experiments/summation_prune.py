@@ -5,7 +5,8 @@ how often each node is above zero, remove the nodes that the criterion names, di
 and again. The published recipe alone does not reach one node (see --literal). The default adds,
 each with its own switch:
 
-- a larger learning rate, 0.1 for 0.01 (--lr), and cycles of 300 steps (--steps);
+- a larger learning rate, 0.1 for 0.01 (--lr), that falls to nothing within each cycle of 300 steps
+  (--decay, --steps);
 - a share of the samples as threshold, 1e-5 for 0 (--criterion rate --threshold);
 - the distortion's amplitude 1 - var(w) kept within [0, 1] (--distortion clamped);
 - affine merge (--merge): nodes that are on for every sample become one, exactly;
@@ -79,6 +80,7 @@ OPTIONS = {
         "truncated_normal", "truncated_normal", "initialiser", tuple(sorted(tn.init.by_name))
     ),
     "steps": Option(300, 0, "steps a cycle; 0: by epochs"),
+    "decay": Option("cosine", "none", "learning rate within a cycle", ("none", "cosine")),
     "epochs": Option(10, 10, "epochs a cycle if --steps is 0; 0: until the loss has converged"),
     "regulariser": Option("none", "none", "penalty on the weights", ("none", "l1", "l2")),
     "penalty": Option(1e-4, 1e-4, "factor of the regulariser"),
@@ -228,10 +230,11 @@ def _train(net: nn.Module, data: tn.Batches, config: Record, lifting: bool) -> i
     loss, lr = config["loss"], config["lr"]
     if lifting:
         loss, lr = "mse", config["lift_lr"]
-    length: Record = {"steps": config["steps"]}
-    if not config["steps"]:
-        length = {"epochs": config["epochs"]} if config["epochs"] else {"until": tn.converged}
-    history = _fit(net, data, config, loss, lr, Constant(), **length)
+    steps = config["steps"] or config["epochs"] * len(data)
+    length: Record = {"steps": steps} if steps else {"until": tn.converged}
+    decaying = config["decay"] == "cosine" and steps
+    schedule = Cosine(steps, final=lr / 1000) if decaying else Constant()
+    history = _fit(net, data, config, loss, lr, schedule, **length)
     return int(history.records[-1]["step"])
 
 
@@ -491,9 +494,9 @@ def _line(r: Record) -> str:
         place = "outside the data" if r["nodes_with_kink_in_data"] == 0 else "inside the data"
         kink = f", kink at x1 + x2 = {r['kink_at_sum']:.3f} ({place})"
     return (
-        f"{r['hidden_nodes']} nodes after {len(r['cycles'])} cycles and {r['steps']} steps, RMSE train "
-        f"{r['train_rmse']:.2e}, test {r['test_rmse']:.2e}, on [0,10)^2 {r['outside_rmse']:.2e}"
-        f"{kink}, {r['seconds']:.1f} s ({r['ended']})"
+        f"{r['hidden_nodes']} nodes after {len(r['cycles'])} cycles and {r['steps']} steps, RMSE "
+        f"train {r['train_rmse']:.2e}, test {r['test_rmse']:.2e}, "
+        f"on [0,10)^2 {r['outside_rmse']:.2e}{kink}, {r['seconds']:.1f} s ({r['ended']})"
     )
 
 

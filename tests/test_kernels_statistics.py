@@ -19,7 +19,7 @@ def test_against_the_reference(rows: int, columns: int, dtype: type) -> None:
     x[:, ::3] -= 100
     x[:, 0] = 7.25  # a constant column has no deviation at all
     got, expected = statistics.channels(x), reference.channels(x)
-    for name, a, b in zip("count mean squares low high".split(), got, expected, strict=True):
+    for name, a, b in zip(("count", "mean", "squares", "low", "high"), got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-7, err_msg=name)
     assert got[2][0] == 0 and got[1][0] == 7.25
 
