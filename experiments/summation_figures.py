@@ -53,7 +53,9 @@ STYLE: Record = {
     "figure.constrained_layout.h_pad": 0.07,
     "figure.constrained_layout.w_pad": 0.07,
 }
+BOX: Record = {"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.87}
 DPI = 110
+LARGE = 300_000  #: bytes of a picture that is worth making smaller
 PANELS = 12  #: networks shown, the finished one included
 PLANE = (-2.0, 4.0)  #: inputs shown in the error plane
 RIGHT = 1e-3  #: errors below this look right in the error plane
@@ -113,10 +115,15 @@ def _png(figure: Figure) -> bytes:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-    # 18 shades a channel look the same and halve the files of thousands of thin lines
-    coarse = (15 * np.rint(pixels / 15)).astype(np.uint8)
+    content = _encoded(pixels)
+    if len(content) > LARGE:  # thousands of thin lines: 52 shades a channel look the same
+        content = _encoded((5 * np.rint(pixels / 5)).astype(np.uint8))
+    return content
+
+
+def _encoded(pixels: Array) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(coarse).save(buffer, "png", optimize=True)
+    Image.fromarray(pixels).save(buffer, "png", optimize=True)
     return buffer.getvalue()
 
 
@@ -214,9 +221,14 @@ def _short(value: Any) -> str:
     return rf"${mantissa}\cdot10^{{{int(exponent)}}}$"
 
 
-def _term(value: float, digits: str = "#.3g") -> str:
-    """A sign and a number, as in a sum; with the minus of print."""
-    return f"{'−' if value < 0 else '+'} {abs(value):{digits}}".rstrip(".")
+def _sum(*terms: tuple[float, str], digits: str = "#.3g") -> str:
+    """Factors and what they multiply, as a sum; with the minus of print."""
+    text = ""
+    for value, what in terms:
+        sign = "−" if value < 0 else "+" if text else ""
+        text += f" {sign} " if text else sign
+        text += f"{abs(value):{digits}}".rstrip(".") + f" {what}" * bool(what)
+    return text
 
 
 def _plain(axis: Any) -> None:
@@ -242,7 +254,7 @@ def _networks(records: list[Record]) -> Figure | None:
     panels = len(shown) + (final is not None)
     columns = min(4, panels)
     rows = math.ceil(panels / columns)
-    figure = Figure(dpi=DPI, figsize=(11, 0.9 + 2.55 * rows), layout="constrained")
+    figure = Figure(dpi=DPI, figsize=(10.5, 0.9 + 2.5 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes:
         ax.set_axis_off()
@@ -300,7 +312,7 @@ def _nodes_text(count: int) -> str:
 def _network(ax: Axes, net: Net, kept: Array, inputs: str) -> None:
     nodes = len(net.b1)
     centre, support = _centre_and_support(net, inputs)
-    reach = min(1.0, 0.33 * (nodes - 1))
+    reach = min(1.0, 0.4 * (nodes - 1))
     height = np.empty(nodes)
     height[np.argsort(centre / np.maximum(support, 1e-12), kind="stable")] = np.linspace(
         -reach, reach, nodes
@@ -353,16 +365,15 @@ def _network(ax: Axes, net: Net, kept: Array, inputs: str) -> None:
 
 
 def _weights_on_edges(ax: Axes, net: Net, values: Array, segments: Array, height: Array) -> None:
-    box = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.9}
-    look: Record = {"ha": "center", "va": "center", "fontsize": 7.5, "bbox": box, "zorder": 5}
+    look: Record = {"ha": "center", "va": "center", "fontsize": 7.5, "bbox": BOX, "zorder": 5}
     for (edge, node), value in np.ndenumerate(values):
         start, end = segments[edge, node]
-        # nearer to the nodes than to the inputs, where the edges cross
-        x, y = start + (0.74 if edge < 2 and len(height) > 1 else 0.5) * (end - start)
-        text = _term(value).replace(" ", "")
-        ax.text(x, y, text, color=BLUE if value > 0 else VERMILION, **look)
+        # where edges neither cross nor run into a bias
+        part = 0.7 if edge < 2 and len(height) > 1 else 0.4 if edge == 2 else 0.5
+        x, y = start + part * (end - start)
+        ax.text(x, y, _sum((value, "")), color=BLUE if value > 0 else VERMILION, **look)
     for node, bias in enumerate(net.b1):
-        ax.text(1.03, height[node] - 0.19, _term(bias).replace(" ", ""), **look)
+        ax.text(1.07, height[node] - 0.19, f"b = {_sum((bias, ''))}", **look)
 
 
 def _formula(ax: Axes, net: Net) -> None:
@@ -371,11 +382,11 @@ def _formula(ax: Axes, net: Net) -> None:
         return
     (v,), (b,) = net.w2, net.b1
     (w1,), (w2,) = net.w1
-    inner = f"{_term(w1)} $x_1$ {_term(w2)} $x_2$ {_term(b)}".removeprefix("+ ")
-    first, second, rest = (_term(x, ".5f") for x in (v * w1, v * w2, v * b + net.b2))
-    on = f"{first} $x_1$ {second} $x_2$ {rest}".removeprefix("+ ")
-    text = f"$y$ = {_term(v).removeprefix('+ ')} max(0, {inner}) {_term(net.b2)}\n= {on} where on"
-    ax.text(1.0, -0.72, text, ha="center", va="top", fontsize=7.5, linespacing=1.6)
+    inner = _sum((w1, "$x_1$"), (w2, "$x_2$"), (b, ""))
+    outer = _sum((v, "max(0, $a$)"), (net.b2, ""))
+    on = _sum((v * w1, "$x_1$"), (v * w2, "$x_2$"), (v * b + net.b2, ""), digits=".4f")
+    text = f"$a$ = {inner}\n$y$ = {outer}\n= {on} where on"
+    ax.text(1.0, -0.62, text, ha="center", va="top", fontsize=8, linespacing=1.5)
 
 
 def _network_legend() -> list[Line2D]:
@@ -404,6 +415,8 @@ def _cycles(records: list[Record]) -> Figure | None:
     top, bottom = figure.subplots(2, 1, sharex=True)
     for run in reversed(runs):
         _course(top, bottom, run, bold=run is first)
+    if not any(math.isfinite(_number(c.get("train_rmse"))) for r in runs for c in r["cycles"]):
+        bottom.set_ylim(0.01, 1)  # a log axis cannot scale itself to nothing
     for ax in (top, bottom):
         ax.set_yscale("log")
         for number, cycle in enumerate(first["cycles"], 1):
@@ -516,10 +529,8 @@ def _pareto(records: list[Record]) -> Figure | None:
         color=GREEN,
     )
     lost = len(records) - len(good)
-    ax.set_title(
-        f"Size against error of {len(good)} finished nets"
-        + (f" ({lost} without a finite error or collapsed are left out)" if lost else "")
-    )
+    left_out = f"; left out: {lost} collapsed or without a finite error" if lost else ""
+    ax.set_title(f"Size against error at the end of each run (runs: {len(good)}{left_out})")
     ax.set_xlabel("hidden nodes at the end (jittered by up to 5 %)")
     ax.set_ylabel("RMSE of $y$ on held-out inputs")
     _plain(ax.xaxis)
@@ -606,21 +617,22 @@ def _plane(figure: Figure, ax: Axes, net: Net, inputs: str) -> None:
     ax.grid(False)
     if inputs == "normal":
         ax.add_patch(Circle((0, 0), 3, fill=False, color=BLACK, linewidth=1.8))
-        text, at = "training inputs\n(3 σ)", (0.0, 3.1)
+        text, at = "training inputs (3 σ)", (0.0, 3.3)
     else:
         ax.add_patch(Rectangle((0, 0), 1, 1, fill=False, color=BLACK, linewidth=1.8))
         text, at = "training inputs\n[0, 1)²", (1.06, 0.5)
-    ax.text(*at, text, va="center", fontsize=8.5)
-    _kinks(ax, net)
+    ax.text(*at, text, va="center", fontsize=8.5, bbox=BOX, zorder=5)
+    kinks = _kinks(ax, net)
     ax.set(xlim=PLANE, ylim=PLANE, xlabel="input $x_1$", ylabel="input $x_2$", aspect="equal")
-    ax.set_title("error over the input plane (white: less than 0.001)")
+    hint = "" if kinks else "; no node switches here"
+    ax.set_title(f"error over the input plane (white: less than 0.001{hint})")
 
 
-def _kinks(ax: Axes, net: Net) -> None:
-    """The line on which each node switches, with an arrow to the side where it is on."""
+def _kinks(ax: Axes, net: Net) -> int:
+    """Draw where each node switches, with an arrow to the side where it is on; counts them."""
+    drawn = 0
     low, high = PLANE
-    text: Record = {"fontsize": 8, "ha": "center", "va": "center"}
-    box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+    text: Record = {"fontsize": 8, "ha": "center", "va": "center", "clip_on": True}
     for node, (w, b) in enumerate(zip(net.w1.T, net.b1, strict=True), 1):
         length = float(np.hypot(*w))
         if not length:
@@ -632,6 +644,7 @@ def _kinks(ax: Axes, net: Net) -> None:
         line = line[((line > low) & (line < high)).all(axis=1)]
         if not len(line):
             continue
+        drawn += 1
         ax.plot(*line.T, color=BLACK, linewidth=1.1, linestyle=(0, (5, 2)))
         start = line[int(0.8 * len(line))]
         arrow: Record = {"arrowstyle": "-|>", "color": BLACK, "shrinkA": 0, "shrinkB": 0}
@@ -639,13 +652,14 @@ def _kinks(ax: Axes, net: Net) -> None:
         if len(net.b1) <= 3:
             x, y = start + 0.6 * normal
             ax.text(x, y, "on", **text)
-            kink = f"{_term(w[0])} $x_1$ {_term(w[1])} $x_2$ {_term(b)} = 0".removeprefix("+ ")
+            kink = _sum((w[0], "$x_1$"), (w[1], "$x_2$"), (b, ""))
             angle = math.degrees(math.atan2(along[1], along[0]))
-            x, y = line[len(line) // 2] - 0.2 * normal
-            ax.text(x, y, f"node {node}: {kink}", rotation=angle, bbox=box, **text)
+            x, y = line[int(0.3 * len(line))] - 0.2 * normal
+            ax.text(x, y, f"node {node}: {kink} = 0", rotation=angle, bbox=BOX, **text)
         else:  # spread the numbers of lines that lie close together
             x, y = line[int(len(line) * (0.15 + 0.55 * (node * 0.618 % 1)))]
-            ax.text(x, y, str(node), bbox=box, **text)
+            ax.text(x, y, str(node), bbox=BOX, **text)
+    return drawn
 
 
 def _diagonal(top: Axes, bottom: Axes, net: Net, inputs: str) -> None:
@@ -654,17 +668,21 @@ def _diagonal(top: Axes, bottom: Axes, net: Net, inputs: str) -> None:
     trained = (0.0, 1.0) if inputs == "uniform" else (-3 / math.sqrt(2), 3 / math.sqrt(2))
     slope = net.w1.sum(axis=0)
     at = -net.b1[slope != 0] / slope[slope != 0]
+    at = at[(at > PLANE[0]) & (at < PLANE[1])]
     for ax in (top, bottom):
         ax.axvspan(*trained, color="#ececec", linewidth=0, label="range of training")
-        for kink in at[(at > PLANE[0]) & (at < PLANE[1])]:
+        for kink in at:
             ax.axvline(kink, color=BLACK, linewidth=1, linestyle=(0, (5, 2)))
     top.plot(t, prediction, color=BLUE, linewidth=2.4, label="prediction")
     top.plot(t, 2 * t, color=ORANGE, linewidth=1.4, linestyle="--", label="true sum")
-    top.plot([], [], color=BLACK, linewidth=1, linestyle=(0, (5, 2)), label="kink of a node")
+    if len(at):
+        top.plot([], [], color=BLACK, linewidth=1, linestyle=(0, (5, 2)), label="kink of a node")
     top.set(title="along the diagonal $x_1 = x_2 = t$", ylabel="output $y$", xlim=PLANE)
     top.tick_params(labelbottom=False)
     top.legend(loc="lower right")
     bottom.semilogy(t, np.maximum(np.abs(prediction - 2 * t), 1e-10), color=VERMILION)
+    low, high = bottom.get_ylim()
+    bottom.set_ylim(min(low, high / 1000), high)
     bottom.set(xlabel="$t$ (both inputs)", ylabel="absolute error", xlim=PLANE)
 
 
@@ -700,6 +718,8 @@ def _table(records: list[Record]) -> Figure | None:
     left.set_xlim(0.45, max(2, *counts) * 1.6)
     left.set_xlabel("hidden nodes at the end")
     _plain(left.xaxis)
+    if not any(math.isfinite(_number(r.get("test_rmse"))) for r in records):
+        right.set_xlim(0.01, 1)
     right.set_xscale("log")
     right.set_xlabel("RMSE of $y$ on held-out inputs")
     left.set_yticks(list(ticks), list(ticks.values()))
