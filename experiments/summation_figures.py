@@ -326,6 +326,7 @@ def _network(ax: Axes, net: Net, kept: Array, inputs: str) -> None:
     )
     values = np.stack([net.w1[0], net.w1[1], net.w2])
     size = np.abs(values)
+    # each layer on its own scale, so that both are seen; the few largest do not set it
     scale = [np.quantile(layer, 0.95) for layer in (size[:2], size[:2], size[2])]
     strength = np.minimum(size / np.maximum(scale, 1e-12)[:, None], 1)
     crowd = max(1.0, nodes / 12)
@@ -373,7 +374,7 @@ def _weights_on_edges(ax: Axes, net: Net, values: Array, segments: Array, height
         x, y = start + part * (end - start)
         ax.text(x, y, _sum((value, "")), color=BLUE if value > 0 else VERMILION, **look)
     for node, bias in enumerate(net.b1):
-        ax.text(1.07, height[node] - 0.19, f"b = {_sum((bias, ''))}", **look)
+        ax.text(1.12, height[node] - 0.19, f"b = {_sum((bias, ''))}", **look)
 
 
 def _formula(ax: Axes, net: Net) -> None:
@@ -654,7 +655,7 @@ def _kinks(ax: Axes, net: Net) -> int:
             ax.text(x, y, "on", **text)
             kink = _sum((w[0], "$x_1$"), (w[1], "$x_2$"), (b, ""))
             angle = math.degrees(math.atan2(along[1], along[0]))
-            x, y = line[int(0.3 * len(line))] - 0.2 * normal
+            x, y = line[int(0.4 * len(line))] - 0.2 * normal
             ax.text(x, y, f"node {node}: {kink} = 0", rotation=angle, bbox=BOX, **text)
         else:  # spread the numbers of lines that lie close together
             x, y = line[int(len(line) * (0.15 + 0.55 * (node * 0.618 % 1)))]
