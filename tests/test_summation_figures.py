@@ -15,6 +15,7 @@ from matplotlib.image import imread
 
 import tinynn as tn
 from experiments import summation_figures as figures
+from experiments import summation_networks as networks
 from tinynn.errors import OutputError
 from tinynn.storage import plain
 
@@ -184,21 +185,21 @@ def test_the_saved_model_is_the_first_runs_net(tmp_path: Path) -> None:
 
 def test_nodes_that_are_on_everywhere_are_told_apart() -> None:
     # 0: on from 0.5 to 2.5; 1: off in the corner (0, 0); 2: never on
-    net = figures.Net(np.ones((2, 3)), np.array([0.5, -0.5, -3.0]), np.ones(3), 0.0)
-    centre, support = figures._centre_and_support(net, "uniform")
+    net = networks.Net(np.ones((2, 3)), np.array([0.5, -0.5, -3.0]), np.ones(3), 0.0)
+    centre, support = networks._centre_and_support(net, "uniform")
     assert (centre - support > 0).tolist() == [True, False, False]
     assert (centre + support > 0).tolist() == [True, True, False]
-    centre, support = figures._centre_and_support(net, "normal")
+    centre, support = networks._centre_and_support(net, "normal")
     assert not (centre - support > 0).any()
 
 
 def test_panels_are_the_ends_and_what_changed_in_between() -> None:
     shots = [{"cycle": i} for i in range(1, 41)]
     cycles = {i: {"removed": int(i % 7 == 0), "merged": int(i == 20)} for i in range(1, 41)}
-    chosen = [s["cycle"] for s in figures._chosen(shots, cycles, 12)]
+    chosen = [s["cycle"] for s in networks._chosen(shots, cycles, 12)]
     assert chosen == [1, 2, 3, 7, 14, 20, 21, 28, 35, 38, 39, 40]
-    assert figures._chosen(shots[:12], cycles, 12) == shots[:12]
-    fewer = [s["cycle"] for s in figures._chosen(shots, cycles, 9)]
+    assert networks._chosen(shots[:12], cycles, 12) == shots[:12]
+    fewer = [s["cycle"] for s in networks._chosen(shots, cycles, 9)]
     assert len(fewer) == 9 and fewer[:3] == [1, 2, 3] and fewer[-3:] == [38, 39, 40]
     assert set(fewer[3:-3]) <= {7, 14, 20, 21, 28, 35}
 
@@ -224,7 +225,7 @@ def test_cells_are_grouped(cell: str, place: tuple[str, str]) -> None:
 
 
 def test_sums_read_as_in_print() -> None:
-    assert figures._sum((-1.5, "a"), (2.25, "b"), (-0.125, "")) == "−1.50 a + 2.25 b − 0.125"
+    assert networks._sum((-1.5, "a"), (2.25, "b"), (-0.125, "")) == "−1.50 a + 2.25 b − 0.125"
 
 
 def test_a_picture_that_fails_does_not_take_the_others_along(
