@@ -18,6 +18,7 @@ setup(
         "numba>=0.63",
         "scipy>=1.11",
         "matplotlib>=3.8",
+        "pillow>=10",
         "tqdm>=4.66",
         "safetensors>=0.4.3",
         "threadpoolctl>=3.2",

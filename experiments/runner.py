@@ -200,7 +200,8 @@ def _execute(experiment: Experiment, args: argparse.Namespace, command: Sequence
     rows = [[r.what, r.published, r.measured, r.spread] for r in experiment.table(records, summary)]
     print_table(experiment.name, ["", "published", "measured", "spread over runs"], rows)
     seconds = time.perf_counter() - began
-    print(f"\n{seconds:.1f} s; result.json, log.jsonl and {len(pictures)} figures in {out}")
+    names = ", ".join(["result.json", "log.jsonl", *(p.name for p in pictures)])
+    print(f"\n{seconds:.1f} s; in {out}: {names}")
 
 
 def _records(

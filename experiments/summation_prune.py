@@ -188,7 +188,7 @@ def _prune(
         except (PruneError, NonFiniteError) as error:
             collapse = str(error)
 
-        record = {
+        record: Record = {
             "cycle": number,
             "phase": "lift" if state.lifting else "prune",
             "before": size,
@@ -330,6 +330,7 @@ def _finish(config: Record, sets: Sets, state: State) -> Record:
         except NonFiniteError as error:
             state.ended += f"; fine-tuning failed: {error}"
     record: Record = {
+        "inputs": config["inputs"],
         "hidden_nodes": 0 if collapsed else _nodes(net),
         "collapsed": collapsed,
         "roll_backs": state.roll_backs,
@@ -464,7 +465,7 @@ def _recipe(args: argparse.Namespace, literal: bool) -> Record:
 def _cells(args: argparse.Namespace) -> dict[str, Record]:
     if not args.table:
         return {"literal" if args.literal else "default": _recipe(args, args.literal)}
-    cells: dict[str, Record] = {}
+    cells: dict[str, Record] = {"default": _recipe(args, False)}  # first: the figures show it
     for recipe in ("literal", "default"):
         base = _recipe(args, recipe == "literal")
         for criterion in ("count", "variance"):
@@ -480,8 +481,7 @@ def _cells(args: argparse.Namespace) -> dict[str, Record]:
                         "regulariser": regulariser,
                     }
         cells[f"{recipe}, random pruning"] = {**base, "criterion": "random"}
-    base = _recipe(args, False)
-    cells["default"] = base
+    base = cells["default"]
     for name, off in (("merge", False), ("lift", False), ("roll_back", False), ("fine_tune", 0)):
         cells[f"default without {name.replace('_', '-')}"] = {**base, name: off}
     cells["2-1-1 net from scratch"] = {**base, "control": "scratch", "scratch_cycles": 20}

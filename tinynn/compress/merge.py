@@ -106,5 +106,6 @@ def _hidden_layers(graph: Graph) -> list[_Hidden]:
         if not rectified and not getattr(maker.op, "relu", False):
             continue
         if len(group.values) == (2 if rectified else 1):
-            found.append(_Hidden(group, *names, reader.weight.name, reader.bias, maker))
+            w1, b1 = names
+            found.append(_Hidden(group, w1, b1, reader.weight.name, reader.bias, maker))
     return found
