@@ -218,6 +218,11 @@ class Tensor:
 
 def apply(op: Op, *inputs: Tensor) -> Tensor:
     """Run an op on Tensors and put it on the tape if any operand requires a gradient."""
+    return run(op, *inputs)[0]
+
+
+def run(op: Op, *inputs: Tensor) -> tuple[Tensor, Saved]:
+    """`apply`, and also what the op saved, for the few whose saved values are of use elsewhere."""
     arrays = tuple(t._data for t in inputs)
     check_dtypes(op, arrays)
     result, saved = op.forward(*arrays)
@@ -231,7 +236,7 @@ def apply(op: Op, *inputs: Tensor) -> Tensor:
         out._node = Node(op, inputs, out, saved)
     if _recorder is not None:
         _recorder(op, inputs, out)
-    return out
+    return out, saved
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kernels import conv, deconv, depthwise, reference
+from kernels.elementwise import relu_grad
 from kernels.geometry import Padding, Pair, Window, window
 from tinynn.errors import ConfigError, ShapeError
 from tinynn.op import Array, Op, Sample, Saved, Shape
@@ -47,8 +48,6 @@ class _Windowed(Op):
         """The gradient before the ReLU that was applied in the same pass, if any."""
         if y is None:
             return np.ascontiguousarray(grad)
-        from kernels.elementwise import relu_grad
-
         return relu_grad(np.ascontiguousarray(grad), y)
 
 
@@ -66,9 +65,10 @@ class Conv2d(_Windowed):
 
     selective = True
     channels = "mix"
-    variants = {"numba": conv.conv2d, "reference": lambda x, w, b, win, relu: _plain(
-        reference.conv2d(x, w, b, win), relu
-    )}
+    variants = {
+        "numba": conv.conv2d,
+        "reference": lambda x, w, b, win, relu: _plain(reference.conv2d(x, w, b, win), relu),
+    }
     samples = staticmethod(
         lambda: [
             *(Sample(Conv2d(**g), ((2, 5, 4, 3), (3, 2, 3, 4), (4,))) for g in _GEOMETRIES),
@@ -81,7 +81,9 @@ class Conv2d(_Windowed):
         x, w = arrays[:2]
         bias = arrays[2] if len(arrays) > 2 else None
         self._check(
-            x.ndim == 4 and w.ndim == 4 and x.shape[3] == w.shape[2]
+            x.ndim == 4
+            and w.ndim == 4
+            and x.shape[3] == w.shape[2]
             and (bias is None or bias.shape == w.shape[3:]),
             "x (B, H, W, C), w (KH, KW, C, N), bias (N,), not empty",
             *arrays,
@@ -120,12 +122,16 @@ class DepthwiseConv2d(_Windowed):
 
     selective = True
     channels = "same"
-    variants = {"numba": depthwise.depthwise2d, "reference": lambda x, w, b, win, relu: _plain(
-        reference.depthwise2d(x, w, b, win), relu
-    )}
+    variants = {
+        "numba": depthwise.depthwise2d,
+        "reference": lambda x, w, b, win, relu: _plain(reference.depthwise2d(x, w, b, win), relu),
+    }
     samples = staticmethod(
         lambda: [
-            *(Sample(DepthwiseConv2d(**g), ((2, 5, 4, 3), (3, 2, 3, 1), (3,))) for g in _GEOMETRIES),
+            *(
+                Sample(DepthwiseConv2d(**g), ((2, 5, 4, 3), (3, 2, 3, 1), (3,)))
+                for g in _GEOMETRIES
+            ),
             Sample(DepthwiseConv2d(), ((1, 4, 4, 2), (3, 3, 2, 2), (4,))),
         ]
     )
@@ -134,7 +140,9 @@ class DepthwiseConv2d(_Windowed):
         x, w = arrays[:2]
         bias = arrays[2] if len(arrays) > 2 else None
         self._check(
-            x.ndim == 4 and w.ndim == 4 and x.shape[3] == w.shape[2]
+            x.ndim == 4
+            and w.ndim == 4
+            and x.shape[3] == w.shape[2]
             and (bias is None or bias.shape == (w.shape[2] * w.shape[3],)),
             "x (B, H, W, C), w (KH, KW, C, R), bias (C R,), not empty",
             *arrays,
@@ -175,9 +183,12 @@ class ConvTranspose2d(Op):
 
     selective = True
     channels = "mix"
-    variants = {"numba": deconv.conv2d_transpose, "reference": lambda x, w, b, shape, win, relu: (
-        _plain(_biased(reference.conv2d_input_grad(x, w.transpose(0, 1, 3, 2), shape, win), b), relu)
-    )}
+    variants = {
+        "numba": deconv.conv2d_transpose,
+        "reference": lambda x, w, b, shape, win, relu: _plain(
+            _biased(reference.conv2d_input_grad(x, w.transpose(0, 1, 3, 2), shape, win), b), relu
+        ),
+    }
     samples = staticmethod(
         lambda: [
             Sample(ConvTranspose2d(), ((2, 3, 4, 3), (3, 3, 3, 2), (2,))),
@@ -190,7 +201,11 @@ class ConvTranspose2d(Op):
         x, w = arrays[:2]
         bias = arrays[2] if len(arrays) > 2 else None
         if not (
-            x.ndim == 4 and w.ndim == 4 and x.shape[3] == w.shape[2] and x.size and w.size
+            x.ndim == 4
+            and w.ndim == 4
+            and x.shape[3] == w.shape[2]
+            and x.size
+            and w.size
             and (bias is None or bias.shape == w.shape[3:])
         ):
             raise self.reject("x (B, H, W, C), w (KH, KW, C, N), bias (N,), not empty", *arrays)
@@ -212,9 +227,7 @@ class ConvTranspose2d(Op):
         return grads[: len(needs)]
 
     def _geometry(self, x: Array, w: Array) -> tuple[Shape, Window]:
-        height, width = (
-            n or x.shape[i + 1] * self.stride[i] for i, n in enumerate(self.output)
-        )
+        height, width = (n or x.shape[i + 1] * self.stride[i] for i, n in enumerate(self.output))
         win = window(height, width, w.shape[:2], self.stride, self.padding)  # type: ignore[arg-type]
         if win.output(height, width) != x.shape[1:3]:
             raise self.reject(f"an input of {win.output(height, width)} windows", x, w)
