@@ -1,0 +1,217 @@
+"""The general matrix product on register tiles: C = max(A B + bias, low), A or B transposed or not.
+
+C is cut into panels of nr vectors and these into tiles of mr rows (`simd.ROWS`). A tile takes one
+number of each of its rows of A and one row of the panel of B at a time:
+
+    acc[i, j] += A[m + i, k] B[k, n + j],  k = 0 ... K - 1
+
+A is read where it lies, transposed or not: only the strides of a tile's numbers differ. A panel of
+B is read where it lies if its rows are at hand, whole and few enough for the second-level cache;
+else it is packed, its last vector filled up with zeros. The last tile of rows moves back over rows
+already done, and stores only what is new.
+
+Each element of C is the same sum for any number of threads: k runs in blocks, their sums are added
+in order. Long sums for few results run in chunks, so that threads share them; how many depends on
+the sizes only.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from kernels import memory, simd
+from kernels._jit import Variants
+
+_DEPTH = 512  # most terms summed in registers: a panel of B stays in the second-level cache
+_BLOCK_BYTES = 192 * 1024  # of A, which stay in the second-level cache beside the panel
+_BLOCK_ROWS = 240  # at most, so that threads share the work evenly
+_DIRECT_BYTES = 512 * 1024  # of B, whose panels are read in place
+_DIRECT_ROWS = 48  # of A: for fewer, packing B costs more than it gains
+_TASKS = 16  # wanted at least; also the most chunks of a sum
+_CHUNK_TERMS = 1024  # of a sum, at least
+
+
+def _panels(mr: int, nr: int) -> Any:
+    def panels(A, rows, sm, sk, B, origin, step, ldb, bias, low, C, K, first, cols, block, groups):
+        # C[c, m, first + n] = max(bias[first + n] + sum_k A[m sm + k sk] B[k, n], low)
+        # c: part of the sum over k < K; 0 <= n < cols;  C (chunks, M, N), bias (N,)
+        # B[k, p W + j] = B[origin + p step + k ldb + j], W = nr L;  A has rows >= mr rows
+        chunks, M, N = C.shape
+        W = nr * simd.lanes(C)
+        P = (cols + W - 1) // W
+        blocks = (M + block - 1) // block
+        chunk = (K + chunks - 1) // chunks
+        depth = (chunk + _DEPTH - 1) // _DEPTH
+        depth = (chunk + depth - 1) // depth
+        for task in prange(chunks * blocks * groups):
+            c, r, g = task // groups // blocks, task // groups % blocks, task % groups
+            k_first, k_end = c * chunk, min(K, (c + 1) * chunk)
+            for k_lo in range(k_first, k_end, depth):
+                k_hi = min(k_end, k_lo + depth)
+                for p in range(P * g // groups, P * (g + 1) // groups):
+                    n, part = first + p * W, min(W, cols - p * W)
+                    for m in range(r * block, min(M, r * block + block), mr):
+                        start = min(m, rows - mr)
+                        lo, hi = m - start, min(mr, M - start)
+                        acc = simd.zeros(mr, nr, C)
+                        ia = start * sm + k_lo * sk
+                        ib = origin + p * step + k_lo * ldb
+                        for _ in range(k_lo, k_hi):
+                            simd.rolled()
+                            acc = simd.rank1(acc, A, ia, sm, B, ib)
+                            ia += sk
+                            ib += ldb
+                        ic = (c * M + start) * N + n
+                        if lo == 0 and hi == mr and part == W:
+                            if k_lo > k_first:
+                                acc = simd.add(acc, simd.load(mr, nr, C, ic, N))
+                            if k_hi == k_end:
+                                acc = simd.add(acc, simd.load(1, nr, bias, n, 0))
+                                acc = simd.maximum(acc, simd.fill(1, 1, C, low))
+                            simd.store(acc, C, ic, N)
+                        else:
+                            if k_lo > k_first:
+                                acc = simd.add(
+                                    acc, simd.load_part(mr, nr, C, ic, N, lo, hi, part)
+                                )
+                            if k_hi == k_end:
+                                acc = simd.add(acc, simd.load_part(1, nr, bias, n, 0, 0, 1, part))
+                                acc = simd.maximum(acc, simd.fill(1, 1, C, low))
+                            simd.store_part(acc, C, ic, N, lo, hi, part)
+
+    return panels
+
+
+def _pack_rows(B, first, cols, P):
+    # P[p, k, j] = B[k, first + p W + j], 0 where p W + j >= cols;  B (K, N), P (panels, K, W)
+    panels, K, W = P.shape
+    N = B.shape[1]
+    L = simd.lanes(P)
+    for p in prange(panels):
+        for j in range(0, W, L):
+            n = p * W + j
+            for k in range(K):
+                row = simd.load_part(1, 1, B, k * N + first + n, 0, 0, 1, cols - n)
+                simd.store(row, P, (p * K + k) * W + j, 0)
+
+
+def _pack_columns(L: int) -> Any:
+    def pack_columns(B, first, cols, P):
+        # P[p, k, j] = B[first + p W + j, k], 0 where p W + j >= cols;  B (N, K), P (panels, K, W)
+        panels, K, W = P.shape
+        for p in prange(panels):
+            for j in range(0, W, L):
+                n = p * W + j
+                for k in range(0, K, L):
+                    ib, ip = (first + n) * K + k, (p * K + k) * W + j
+                    if n + L <= cols and k + L <= K:
+                        block = simd.transpose(simd.load(L, 1, B, ib, K))
+                        simd.store(block, P, ip, W)
+                    else:
+                        part = simd.load_part(L, 1, B, ib, K, 0, cols - n, K - k)
+                        simd.store_part(simd.transpose(part), P, ip, W, 0, K - k, L)
+
+    return pack_columns
+
+
+@cache
+def _panel_kernel(nr: int) -> Variants:
+    return Variants(_panels(simd.ROWS[nr], nr))
+
+
+@cache
+def _pack_kernel(lanes: int) -> Variants:
+    """Of B transposed, for vectors of this length; of B as it is for 0."""
+    return Variants(_pack_columns(lanes) if lanes else _pack_rows)
+
+
+def product(
+    a: np.ndarray,
+    b: np.ndarray,
+    bias: np.ndarray | None = None,
+    low: float = -np.inf,
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+) -> np.ndarray:
+    """max(a b + bias, low), a (M, K) or (K, M) if transposed, b (K, N) or (N, K); NaN stays NaN.
+
+    a, b, bias as `prepared` gives them; M, K, N >= 1.
+    """
+    K, M = a.shape if transpose_a else a.shape[::-1]
+    N = b.shape[0] if transpose_b else b.shape[1]
+    lanes = simd.LANES * 4 // a.itemsize
+    full, rest = divmod(N, simd.TILE[1] * lanes)
+    parts = [(simd.TILE[1], 0, N - rest)] if full else []
+    if rest:
+        parts.append((-(-rest // lanes), N - rest, rest))
+    chunks = _chunks(M, K, len(parts) + max(0, full - 1))
+    c = memory.empty((chunks, M, N), a.dtype)
+    added = np.zeros(N, a.dtype) if bias is None or chunks > 1 else bias
+    least = a.dtype.type(low if chunks == 1 else -np.inf)
+    for nr, first, cols in parts:
+        _part(a, transpose_a, b, transpose_b, added, least, c, K, nr, first, cols)
+    if chunks == 1:
+        return c[0]
+    total = c.sum(axis=0)  # over an outer axis: in order, by NumPy
+    if bias is not None:
+        total += bias
+    return np.maximum(total, a.dtype.type(low), out=total)
+
+
+def _chunks(M: int, K: int, panels: int) -> int:
+    tasks = -(-M // _BLOCK_ROWS) * panels
+    return max(1, min(-(-_TASKS // tasks), K // _CHUNK_TERMS, _TASKS))
+
+
+def _part(
+    a: np.ndarray,
+    transpose_a: bool,
+    b: np.ndarray,
+    transpose_b: bool,
+    bias: np.ndarray,
+    low: Any,
+    c: np.ndarray,
+    K: int,
+    nr: int,
+    first: int,
+    cols: int,
+) -> None:
+    """The columns from `first` on, in panels of nr vectors."""
+    chunks, M, N = c.shape
+    mr, width = simd.ROWS[nr], nr * simd.LANES * 4 // a.itemsize
+    panels = -(-cols // width)
+    rows, sm, sk = M, *((1, M) if transpose_a else (K, 1))
+    if M < mr:
+        padded = np.zeros((mr, K), a.dtype)
+        padded[:M] = a.T if transpose_a else a
+        a, rows, sm, sk = padded, mr, K, 1
+    origin, step, ldb = first, width, N
+    direct = not transpose_b and (b.nbytes <= _DIRECT_BYTES or M < _DIRECT_ROWS)
+    if cols % width or not direct:
+        packed = _aligned((panels, K, width), b.dtype)
+        kernel = _pack_kernel(width // nr if transpose_b else 0).choose(2 * packed.nbytes)
+        kernel(b, first, cols, packed)
+        b, origin, step, ldb = packed, 0, K * width, width
+    depth = min(-(-K // chunks), _DEPTH)
+    most = max(mr, min(_BLOCK_ROWS, _BLOCK_BYTES // (depth * a.itemsize)) // mr * mr)
+    blocks = -(-M // most)
+    block = -(-M // (blocks * mr)) * mr
+    groups = max(1, min(panels, _TASKS // (-(-M // block) * chunks)))
+    kernel = _panel_kernel(nr).choose(M * K * cols)
+    kernel(a, rows, sm, sk, b, origin, step, ldb, bias, low, c, K, first, cols, block, groups)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Scratch whose vectors do not straddle cache lines."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if size >= memory.POOL_FROM:
+        return memory.empty(shape, dtype)
+    raw = np.empty(size + memory.ALIGNMENT, np.uint8)
+    return np.ndarray(shape, dtype, raw, -raw.ctypes.data % memory.ALIGNMENT)
