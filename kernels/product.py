@@ -19,8 +19,9 @@ the sizes only.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+import math
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import prange
@@ -77,9 +78,7 @@ def _panels(mr: int, nr: int) -> Any:
                             simd.store(acc, C, ic, N)
                         else:
                             if k_lo > k_first:
-                                acc = simd.add(
-                                    acc, simd.load_part(mr, nr, C, ic, N, lo, hi, part)
-                                )
+                                acc = simd.add(acc, simd.load_part(mr, nr, C, ic, N, lo, hi, part))
                             if k_hi == k_end:
                                 acc = simd.add(acc, simd.load_part(1, nr, bias, n, 0, 0, 1, part))
                                 acc = simd.maximum(acc, simd.fill(1, 1, C, low))
@@ -146,17 +145,42 @@ def product(
     """
     K, M = a.shape if transpose_a else a.shape[::-1]
     N = b.shape[0] if transpose_b else b.shape[1]
-    lanes = simd.LANES * 4 // a.itemsize
-    full, rest = divmod(N, simd.TILE[1] * lanes)
-    parts = [(simd.TILE[1], 0, N - rest)] if full else []
-    if rest:
-        parts.append((-(-rest // lanes), N - rest, rest))
-    chunks = _chunks(M, K, len(parts) + max(0, full - 1))
+    chunks, parts = _plan(M, K, N, a.itemsize, transpose_b)
     c = memory.empty((chunks, M, N), a.dtype)
     added = np.zeros(N, a.dtype) if bias is None or chunks > 1 else bias
     least = a.dtype.type(low if chunks == 1 else -np.inf)
-    for nr, first, cols in parts:
-        _part(a, transpose_a, b, transpose_b, added, least, c, K, nr, first, cols)
+    turned, rows = transpose_a, M
+    sm, sk = (1, M) if transpose_a else (K, 1)
+    for part in parts:
+        mr = simd.ROWS[part.nr]
+        if mr > rows:
+            padded = np.zeros((mr, K), a.dtype)
+            padded[:M] = a.T if turned else a[:M]
+            a, turned, rows, sm, sk = padded, False, mr, K, 1
+        panel, origin, step, ldb = b, part.first, part.width, N
+        if part.packed:
+            panel = _aligned((part.panels, K, part.width), b.dtype)
+            pack = _pack_kernel(part.width // part.nr if transpose_b else 0)
+            pack.choose(2 * panel.nbytes)(b, part.first, part.cols, panel)
+            origin, step, ldb = 0, K * part.width, part.width
+        _panel_kernel(part.nr).choose(M * K * part.cols)(
+            a,
+            rows,
+            sm,
+            sk,
+            panel,
+            origin,
+            step,
+            ldb,
+            added,
+            least,
+            c,
+            K,
+            part.first,
+            part.cols,
+            part.block,
+            part.groups,
+        )
     if chunks == 1:
         return c[0]
     total = c.sum(axis=0)  # over an outer axis: in order, by NumPy
@@ -165,52 +189,48 @@ def product(
     return np.maximum(total, a.dtype.type(low), out=total)
 
 
-def _chunks(M: int, K: int, panels: int) -> int:
-    tasks = -(-M // _BLOCK_ROWS) * panels
-    return max(1, min(-(-_TASKS // tasks), K // _CHUNK_TERMS, _TASKS))
+class _Part(NamedTuple):
+    """Columns first <= n < first + cols, in panels of nr vectors."""
+
+    nr: int
+    first: int
+    cols: int
+    width: int  # of a panel, in elements
+    panels: int
+    packed: bool
+    block: int  # rows that one task covers, whole tiles
+    groups: int  # of panels, shared out as tasks
 
 
-def _part(
-    a: np.ndarray,
-    transpose_a: bool,
-    b: np.ndarray,
-    transpose_b: bool,
-    bias: np.ndarray,
-    low: Any,
-    c: np.ndarray,
-    K: int,
-    nr: int,
-    first: int,
-    cols: int,
-) -> None:
-    """The columns from `first` on, in panels of nr vectors."""
-    chunks, M, N = c.shape
-    mr, width = simd.ROWS[nr], nr * simd.LANES * 4 // a.itemsize
-    panels = -(-cols // width)
-    rows, sm, sk = M, *((1, M) if transpose_a else (K, 1))
-    if M < mr:
-        padded = np.zeros((mr, K), a.dtype)
-        padded[:M] = a.T if transpose_a else a
-        a, rows, sm, sk = padded, mr, K, 1
-    origin, step, ldb = first, width, N
-    direct = not transpose_b and (b.nbytes <= _DIRECT_BYTES or M < _DIRECT_ROWS)
-    if cols % width or not direct:
-        packed = _aligned((panels, K, width), b.dtype)
-        kernel = _pack_kernel(width // nr if transpose_b else 0).choose(2 * packed.nbytes)
-        kernel(b, first, cols, packed)
-        b, origin, step, ldb = packed, 0, K * width, width
+@lru_cache(1024)
+def _plan(
+    M: int, K: int, N: int, itemsize: int, transpose_b: bool
+) -> tuple[int, tuple[_Part, ...]]:
+    """In how many chunks the terms are summed, and how the columns are cut into panels."""
+    lanes, most = simd.LANES * 4 // itemsize, simd.TILE[1]
+    rest = N % (most * lanes)
+    cuts = [(most, 0, N - rest)] if rest < N else []
+    if rest:
+        cuts.append((-(-rest // lanes), N - rest, rest))
+    tasks = -(-M // _BLOCK_ROWS) * -(-N // (most * lanes))
+    chunks = max(1, min(-(-_TASKS // tasks), K // _CHUNK_TERMS, _TASKS))
     depth = min(-(-K // chunks), _DEPTH)
-    most = max(mr, min(_BLOCK_ROWS, _BLOCK_BYTES // (depth * a.itemsize)) // mr * mr)
-    blocks = -(-M // most)
-    block = -(-M // (blocks * mr)) * mr
-    groups = max(1, min(panels, _TASKS // (-(-M // block) * chunks)))
-    kernel = _panel_kernel(nr).choose(M * K * cols)
-    kernel(a, rows, sm, sk, b, origin, step, ldb, bias, low, c, K, first, cols, block, groups)
+    in_place = not transpose_b and (depth * N * itemsize <= _DIRECT_BYTES or M < _DIRECT_ROWS)
+    parts = []
+    for nr, first, cols in cuts:
+        mr, width = simd.ROWS[nr], nr * lanes
+        panels = -(-cols // width)
+        rows = max(mr, min(_BLOCK_ROWS, _BLOCK_BYTES // (depth * itemsize)) // mr * mr)
+        block = -(-M // (-(-M // rows) * mr)) * mr
+        groups = max(1, min(panels, _TASKS // (-(-M // block) * chunks)))
+        packed = cols % width > 0 or not in_place
+        parts.append(_Part(nr, first, cols, width, panels, packed, block, groups))
+    return chunks, tuple(parts)
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Scratch whose vectors do not straddle cache lines."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    size = math.prod(shape) * dtype.itemsize
     if size >= memory.POOL_FROM:
         return memory.empty(shape, dtype)
     raw = np.empty(size + memory.ALIGNMENT, np.uint8)

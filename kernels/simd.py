@@ -27,8 +27,8 @@ Rules that hold for every function here:
 - A tile is a value: `acc = simd.rank1(acc, ...)` gives the tile after the update.
 - `mr` and `nr` must be compile-time constants: written out, or a bare name of a global or of a
   variable of an enclosing function. `MR - 1` is not one.
-- Arrays are C-contiguous, of any number of dimensions, and addressed FLAT: an offset counts elements
-  from the start of the array; `ld` is the distance between two rows of a tile. Nothing is checked.
+- Arrays are C-contiguous, of any number of dimensions, and addressed FLAT: an offset counts
+  elements from the start; `ld` is the distance between two rows of a tile. Nothing is checked.
 - The element type of a tile is that of the array given to `zeros`, `load`, `fill`: float32, float64
   or int32. A vector has `lanes(array)` elements, so that one source serves all of them.
 - In formulas L is the lanes; i a row, j a vector, l a lane; x[i, j] a vector.
@@ -57,9 +57,10 @@ import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.core.errors import TypingError
-from numba.extending import intrinsic, models, register_model
+from numba.extending import intrinsic
+
+from kernels._emit import I8, I16, I32, I64, SCALARS, Code, Tile, constant, static_bounds, suffix
 
 # --- instruction sets -----------------------------------------------------------------------------
 
@@ -95,7 +96,7 @@ LEVELS = {
 
 def _features() -> set[str]:
     """The processor's features, as far as Numba is allowed to use them."""
-    flags = numba.config.CPU_FEATURES
+    flags = _config.CPU_FEATURES
     if flags is None:
         try:
             flags = llvm.get_host_cpu_features().flatten()
@@ -123,11 +124,12 @@ def _choose() -> str:
     if asked != possible[0]:
         # Instructions of higher levels must not slip in, neither here nor in plain loops.
         name, features = LEVELS[asked].cpu
-        numba.config.CPU_NAME = name or ("x86-64" if "x86" in llvm.get_default_triple() else "")
-        numba.config.CPU_FEATURES = features
+        _config.CPU_NAME = name or ("x86-64" if "x86" in llvm.get_default_triple() else "")
+        _config.CPU_FEATURES = features
     return asked
 
 
+_config: Any = numba.config
 _FEATURES = _features()
 LEVEL = _choose()
 _level = LEVELS[LEVEL]
@@ -139,156 +141,31 @@ ROWS = (0, *_level.rows)
 TILE = (ROWS[-1], len(ROWS) - 1)
 
 
-# --- the type -------------------------------------------------------------------------------------
+def _tile(name: str, *kinds: Any) -> None:
+    for kind in kinds:
+        if not isinstance(kind, Tile):
+            raise TypingError(f"simd.{name}: expected a Tile, got {kind}")
 
 
-class Tile(types.Type):
-    """mr x nr vectors of `lanes` elements of a Numba scalar type."""
-
-    def __init__(self, mr: int, nr: int, dtype: Any) -> None:
-        self.mr, self.nr, self.dtype = mr, nr, dtype
-        self.lanes = _level.vector_bytes * 8 // dtype.bitwidth
-        super().__init__(f"Tile({mr}x{nr} x {self.lanes} {dtype})")
-
-
-_SCALARS = {
-    types.float32: (ir.FloatType(), "f32"),
-    types.float64: (ir.DoubleType(), "f64"),
-    types.int32: (ir.IntType(32), "i32"),
-}
-
-
-def _vector(dtype: Any) -> ir.VectorType:
-    return ir.VectorType(_SCALARS[dtype][0], _level.vector_bytes * 8 // dtype.bitwidth)
-
-
-@register_model(Tile)
-class _TileModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, tile: Tile) -> None:
-        super().__init__(manager, tile, ir.ArrayType(_vector(tile.dtype), tile.mr * tile.nr))
+def _array(name: str, kind: Any, *dtypes: Any) -> None:
+    fits = isinstance(kind, types.Array) and kind.layout == "C" and kind.dtype in dtypes
+    if not fits:
+        wanted = ", ".join(map(str, dtypes))
+        raise TypingError(f"simd.{name}: expected a C-contiguous array of {wanted}, got {kind}")
 
 
 # --- writing instructions -------------------------------------------------------------------------
 
-_I1, _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 
-
-class _Code:
-    """Writes instructions at the place where a primitive is called.
-
-    Values are LLVM's: scalars, vectors, pointers. A tile is a list of rows, each a list of vectors.
-    """
-
-    def __init__(self, context: Any, builder: Any) -> None:
-        self.context, self.builder = context, builder
-
-    def unwrap(self, kind: Any, value: Any) -> Any:
-        """A tile as rows of vectors, an array as a pointer to its first element."""
-        if isinstance(kind, Tile):
-            part = [self.builder.extract_value(value, e) for e in range(kind.mr * kind.nr)]
-            return [part[i * kind.nr : (i + 1) * kind.nr] for i in range(kind.mr)]
-        if isinstance(kind, types.Array):
-            return self.context.make_array(kind)(self.context, self.builder, value).data
-        return value
-
-    def wrap(self, kind: Any, value: Any) -> Any:
-        if not isinstance(kind, Tile):
-            return self.context.get_dummy_value() if value is None else value
-        whole = ir.Constant(self.context.get_value_type(kind), ir.Undefined)
-        for e, v in enumerate(v for row in value for v in row):
-            whole = self.builder.insert_value(whole, v, e)
-        return whole
-
-    def call(self, name: str, result: Any, *args: Any) -> Any:
-        signature = ir.FunctionType(result, [a.type for a in args])
-        function = cgutils.get_or_insert_function(self.builder.module, signature, name)
-        return self.builder.call(function, args)
-
-    def at(self, base: Any, offset: Any, rows: int = 0, ld: Any = None, extra: int = 0) -> Any:
-        """The address of element offset + rows * ld + extra."""
-        b = self.builder
-        if rows:
-            offset = b.add(offset, b.mul(ld, _I64(rows)))
-        if extra:
-            offset = b.add(offset, _I64(extra))
-        return b.gep(base, [offset])
-
-    def splat(self, scalar: Any, lanes: int) -> Any:
-        kind = ir.VectorType(scalar.type, lanes)
-        unset = ir.Constant(kind, ir.Undefined)
-        first = self.builder.insert_element(unset, scalar, _I32(0))
-        return self.shuffle(first, unset, [0] * lanes)
-
-    def shuffle(self, x: Any, y: Any, lanes: list[int]) -> Any:
-        return self.builder.shuffle_vector(
-            x, y, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
-        )
-
-    def load(self, pointer: Any, kind: Any) -> Any:
-        size = kind.element.get_abi_size(self.context.target_data)
-        return self.builder.load(self.builder.bitcast(pointer, kind.as_pointer()), align=size)
-
-    def store(self, vector: Any, pointer: Any, align: int = 0) -> Any:
-        align = align or vector.type.element.get_abi_size(self.context.target_data)
-        pointer = self.builder.bitcast(pointer, vector.type.as_pointer())
-        return self.builder.store(vector, pointer, align=align)
-
-    def mask(self, count: Any, lanes: int) -> Any:
-        """Lanes l < count, where count may be negative."""
-        steps = ir.Constant(ir.VectorType(_I64, lanes), list(range(lanes)))
-        return self.builder.icmp_signed("<", steps, self.splat(count, lanes))
-
-    def masks(self, cols: Any, nr: int, lanes: int) -> list[Any]:
-        """For each of nr vectors, which lanes lie within the first `cols` elements of the row."""
-        return [self.mask(self.builder.sub(cols, _I64(j * lanes)), lanes) for j in range(nr)]
-
-    def masked(self, pointer: Any, kind: Any, mask: Any, store: Any = None) -> Any:
-        """A load that gives 0 in lanes outside the mask, or a store of `store` that leaves them."""
-        short = _suffix(kind)
-        pointer = self.builder.bitcast(pointer, kind.as_pointer())
-        align = _I32(kind.element.get_abi_size(self.context.target_data))
-        if store is None:
-            zero = ir.Constant(kind, None)
-            return self.call(f"llvm.masked.load.{short}.p0", kind, pointer, align, mask, zero)
-        name = f"llvm.masked.store.{short}.p0"
-        return self.call(name, ir.VoidType(), store, pointer, align, mask)
-
-    def rows_within(
-        self,
-        lo: Any,
-        hi: Any,
-        count: int,
-        write: Callable[[int], list[Any]],
-        old: list[list[Any]] | None = None,
-    ) -> list[list[Any]]:
-        """write(i) for rows lo <= i < hi, each behind a branch unless lo and hi are constants."""
-        b, out = self.builder, []
-        for i in range(count):
-            if isinstance(lo, int) and isinstance(hi, int):
-                out.append(write(i) if lo <= i < hi else old[i] if old else [])
-                continue
-            inside = b.and_(
-                b.icmp_signed("<=", _index(lo), _I64(i)), b.icmp_signed("<", _I64(i), _index(hi))
-            )
-            before = b.block
-            with b.if_then(inside):
-                new = write(i)
-                end = b.block
-            row = []
-            for v, kept in zip(new, old[i] if old else [], strict=bool(old)):
-                phi = b.phi(v.type)
-                phi.add_incoming(kept, before)
-                phi.add_incoming(v, end)
-                row.append(phi)
-            out.append(row)
-        return out
+class _Code(Code):
+    """Adds the instructions that depend on the level."""
 
     def fma(self, x: Any, y: Any, z: Any) -> Any:
         """x y + z, rounded once where the processor can."""
         if isinstance(x.type.element, ir.IntType):
             return self.builder.add(self.builder.mul(x, y), z)
         name = "fmuladd" if LEVEL == "portable" else "fma"
-        return self.call(f"llvm.{name}.{_suffix(x.type)}", x.type, x, y, z)
+        return self.call(f"llvm.{name}.{suffix(x.type)}", x.type, x, y, z)
 
     def dot4(self, z: Any, u: Any, s: Any) -> Any:
         """z + the dot product of 4 unsigned bytes of u and 4 signed of s, in each int32 lane."""
@@ -299,7 +176,7 @@ class _Code:
             return self.call(f"llvm.x86.avx512.vpdpbusd.{bits}", kind, z, u, s)
         if _level.dot4 == "pmaddwd":
             # Even and odd bytes as int16, whose products pmaddwd sums in pairs, exactly.
-            half = ir.VectorType(_I16, kind.count * 2)
+            half = ir.VectorType(I16, kind.count * 2)
             eight = ir.Constant(half, [8] * half.count)
             u, s = b.bitcast(u, half), b.bitcast(s, half)
             pairs = (
@@ -318,35 +195,8 @@ class _Code:
         return z
 
 
-def _suffix(kind: ir.VectorType) -> str:
-    short = {str(t): name for t, name in _SCALARS.values()}
-    return f"v{kind.count}{short[str(kind.element)]}"
-
-
-def _index(value: Any) -> Any:
-    return _I64(value) if isinstance(value, int) else value
-
-
-def _constant(kind: Any) -> int:
-    if not isinstance(kind, types.IntegerLiteral):
-        raise TypingError(f"expected an integer constant, got {kind}")
-    return int(kind.literal_value)
-
-
-def _tile(name: str, *kinds: Any) -> None:
-    for kind in kinds:
-        if not isinstance(kind, Tile):
-            raise TypingError(f"simd.{name}: expected a Tile, got {kind}")
-
-
-def _array(name: str, kind: Any, *dtypes: Any) -> None:
-    fits = isinstance(kind, types.Array) and kind.layout == "C" and kind.dtype in dtypes
-    if not fits:
-        wanted = ", ".join(map(str, dtypes))
-        raise TypingError(f"simd.{name}: expected a C-contiguous array of {wanted}, got {kind}")
-
-
 _N = types.intp  # the type of offsets and counts
+_intrinsic: Any = intrinsic(prefer_literal=True)  # constants arrive as such
 
 
 def _primitive(result: Any, kinds: tuple[Any, ...], emit: Callable[..., Any]) -> Any:
@@ -360,32 +210,45 @@ def _primitive(result: Any, kinds: tuple[Any, ...], emit: Callable[..., Any]) ->
     return result(*kinds), codegen
 
 
+def _bounds(lo: Any, hi: Any) -> tuple[Any, Any]:
+    """Their types. Numba keeps one code for each signature: constants must show in it."""
+    return (lo, hi) if static_bounds(lo, hi) else (_N, _N)
+
+
+def _lanes(array: Any) -> int:
+    return int(_level.vector_bytes * 8 // array.dtype.bitwidth)
+
+
+def _new(mr: Any, nr: Any, array: Any) -> Tile:
+    return Tile(constant(mr), constant(nr), array.dtype, _lanes(array))
+
+
 # --- making tiles ---------------------------------------------------------------------------------
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def lanes(typing, array):
     """L, the number of elements of a vector of the array's dtype."""
-    _array("lanes", array, *_SCALARS)
-    count = _vector(array.dtype).count
-    return _primitive(_N, (array,), lambda code, a: _I64(count))
+    _array("lanes", array, *SCALARS)
+    count = _lanes(array)
+    return _primitive(_N, (array,), lambda code, a: I64(count))
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def zeros(typing, mr, nr, array):
     """x[i, j] = 0, of the array's dtype."""
-    _array("zeros", array, *_SCALARS)
-    tile = Tile(_constant(mr), _constant(nr), array.dtype)
-    zero = ir.Constant(_vector(tile.dtype), None)
+    _array("zeros", array, *SCALARS)
+    tile = _new(mr, nr, array)
+    zero = ir.Constant(tile.vector, None)
     rows = [[zero] * tile.nr for _ in range(tile.mr)]
     return _primitive(tile, (mr, nr, array), lambda code, *_: rows)
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def fill(typing, mr, nr, array, value):
     """x[i, j, l] = value, of the array's dtype."""
-    _array("fill", array, *_SCALARS)
-    tile = Tile(_constant(mr), _constant(nr), array.dtype)
+    _array("fill", array, *SCALARS)
+    tile = _new(mr, nr, array)
 
     def emit(code, mr, nr, array, value):
         return [[code.splat(value, tile.lanes)] * tile.nr] * tile.mr
@@ -393,12 +256,12 @@ def fill(typing, mr, nr, array, value):
     return _primitive(tile, (mr, nr, array, tile.dtype), emit)
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def load(typing, mr, nr, X, ix, ld):
     """x[i, j] = X[ix + i ld + j L : + L]."""
-    _array("load", X, *_SCALARS)
-    tile = Tile(_constant(mr), _constant(nr), X.dtype)
-    vec, L = _vector(tile.dtype), tile.lanes
+    _array("load", X, *SCALARS)
+    tile = _new(mr, nr, X)
+    vec, L = tile.vector, tile.lanes
 
     def emit(code, mr, nr, X, ix, ld):
         return [
@@ -409,15 +272,15 @@ def load(typing, mr, nr, X, ix, ld):
     return _primitive(tile, (mr, nr, X, _N, _N), emit)
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def load_part(typing, mr, nr, X, ix, ld, lo, hi, cols):
     """As `load` in rows lo <= i < hi and the first `cols` elements of each row, 0 elsewhere.
 
     Memory outside that part is not read. lo and hi may vary; constants save the branches.
     """
-    _array("load_part", X, *_SCALARS)
-    tile = Tile(_constant(mr), _constant(nr), X.dtype)
-    vec, L, static = _vector(tile.dtype), tile.lanes, _static(lo, hi)
+    _array("load_part", X, *SCALARS)
+    tile = _new(mr, nr, X)
+    vec, L, static = tile.vector, tile.lanes, static_bounds(lo, hi)
 
     def emit(code, mr, nr, X, ix, ld, lo, hi, cols):
         masks = code.masks(cols, tile.nr, L)
@@ -430,14 +293,14 @@ def load_part(typing, mr, nr, X, ix, ld, lo, hi, cols):
         zero = [[ir.Constant(vec, None)] * tile.nr] * tile.mr
         return code.rows_within(*(static or (lo, hi)), tile.mr, row, zero)
 
-    return _primitive(tile, (mr, nr, X, _N, _N, _N, _N, _N), emit)
+    return _primitive(tile, (mr, nr, X, _N, _N, *_bounds(lo, hi), _N), emit)
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def spread(typing, mr, X, ix, ld):
     """x[i, 0, l] = X[ix + i ld]: one number a row, in every lane."""
-    _array("spread", X, *_SCALARS)
-    tile = Tile(_constant(mr), 1, X.dtype)
+    _array("spread", X, *SCALARS)
+    tile = Tile(constant(mr), 1, X.dtype, _lanes(X))
 
     def emit(code, mr, X, ix, ld):
         load = code.builder.load
@@ -446,20 +309,13 @@ def spread(typing, mr, X, ix, ld):
     return _primitive(tile, (mr, X, _N, _N), emit)
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def rows(typing, x, lo, hi):
     """x[lo : hi], the rows lo <= i < hi; constants."""
     _tile("rows", x)
-    first, last = _constant(lo), _constant(hi)
-    tile = Tile(last - first, x.nr, x.dtype)
+    first, last = constant(lo), constant(hi)
+    tile = Tile(last - first, x.nr, x.dtype, x.lanes)
     return _primitive(tile, (x, lo, hi), lambda code, x, lo, hi: x[first:last])
-
-
-def _static(lo: Any, hi: Any) -> tuple[int, int] | None:
-    """The bounds where both are compile-time constants."""
-    if isinstance(lo, types.IntegerLiteral) and isinstance(hi, types.IntegerLiteral):
-        return _constant(lo), _constant(hi)
-    return None
 
 
 # --- products -------------------------------------------------------------------------------------
@@ -469,7 +325,7 @@ def _rank1(name: str, acc: Any, A: Any, B: Any, lo: Any = None, hi: Any = None) 
     _tile(name, acc)
     _array(name, A, acc.dtype)
     _array(name, B, acc.dtype)
-    vec, L = _vector(acc.dtype), acc.lanes
+    vec, L = acc.vector, acc.lanes
 
     def vectors(code, B, ib):
         return [code.load(code.at(B, ib, extra=j * L), vec) for j in range(acc.nr)]
@@ -490,23 +346,23 @@ def _update(acc: Any, kinds: tuple[Any, ...], vectors: Any, row: Any, lo: Any, h
             return [row(code, x, A, ia, lda, b, i) for i in range(acc.mr)]
 
         return _primitive(acc, kinds, emit)
-    static = _static(lo, hi)
+    static = static_bounds(lo, hi)
 
     def emit_rows(code, x, A, ia, lda, B, ib, lo, hi):
         b = vectors(code, B, ib)
         bounds = static or (lo, hi)
         return code.rows_within(*bounds, acc.mr, lambda i: row(code, x, A, ia, lda, b, i), x)
 
-    return _primitive(acc, (*kinds, _N, _N), emit_rows)
+    return _primitive(acc, (*kinds, *_bounds(lo, hi)), emit_rows)
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def rank1(typing, acc, A, ia, lda, B, ib):
     """acc[i, j] += A[ia + i lda] B[ib + j L : + L]."""
     return _rank1("rank1", acc, A, B)
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def rank1_rows(typing, acc, A, ia, lda, B, ib, lo, hi):
     """As `rank1`, in rows lo <= i < hi only. A is not read for others; constants save branches."""
     return _rank1("rank1_rows", acc, A, B, lo, hi)
@@ -518,8 +374,8 @@ def _dot4(name: str, acc: Any, A: Any, B: Any, lo: Any = None, hi: Any = None) -
     _array(name, B, types.int8)
     if acc.dtype != types.int32:
         raise TypingError(f"simd.{name}: expected a Tile of int32, got {acc}")
-    vec, L = _vector(acc.dtype), acc.lanes
-    bytes_ = ir.VectorType(_I8, 4 * L)
+    vec, L = acc.vector, acc.lanes
+    bytes_ = ir.VectorType(I8, 4 * L)
 
     def vectors(code, B, ib):
         return [
@@ -528,14 +384,14 @@ def _dot4(name: str, acc: Any, A: Any, B: Any, lo: Any = None, hi: Any = None) -
         ]
 
     def row(code, x, A, ia, lda, b, i):
-        pointer = code.builder.bitcast(code.at(A, ia, i, lda), _I32.as_pointer())
+        pointer = code.builder.bitcast(code.at(A, ia, i, lda), I32.as_pointer())
         a = code.splat(code.builder.load(pointer, align=1), L)
         return [code.dot4(x[i][j], a, b[j]) for j in range(acc.nr)]
 
     return _update(acc, (acc, A, _N, _N, B, _N), vectors, row, lo, hi)
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def dot4(typing, acc, A, ia, lda, B, ib):
     """acc[i, j, l] += sum_{t<4} A[ia + i lda + t] B[ib + 4 (j L + l) + t]; A uint8, B int8, exact.
 
@@ -544,13 +400,13 @@ def dot4(typing, acc, A, ia, lda, B, ib):
     return _dot4("dot4", acc, A, B)
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def dot4_rows(typing, acc, A, ia, lda, B, ib, lo, hi):
     """As `dot4`, in rows lo <= i < hi only. A is not read for others; constants save branches."""
     return _dot4("dot4_rows", acc, A, B, lo, hi)
 
 
-@intrinsic
+@_intrinsic
 def rolled(typing):
     """No instruction: LLVM leaves the loop that calls it as it is.
 
@@ -559,7 +415,7 @@ def rolled(typing):
 
     def emit(code):
         nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", True)
-        # llvmlite lists the attributes that it lets through; this one, LLVM's own, is not among them.
+        # One of LLVM's own attributes, which llvmlite's list of known ones lacks.
         set.add(code.builder.call(nothing, []).attributes, "noduplicate")
 
     return _primitive(types.void, (), emit)
@@ -594,25 +450,25 @@ def _arithmetic(name: str, x: Any, y: Any) -> Any:
     return _elementwise(name, lambda code, p, q: getattr(code.builder, prefix + name)(p, q), x, y)
 
 
-@intrinsic
+@_intrinsic
 def add(typing, x, y):
     """x + y."""
     return _arithmetic("add", x, y)
 
 
-@intrinsic
+@_intrinsic
 def sub(typing, x, y):
     """x - y."""
     return _arithmetic("sub", x, y)
 
 
-@intrinsic
+@_intrinsic
 def mul(typing, x, y):
     """x y."""
     return _arithmetic("mul", x, y)
 
 
-@intrinsic
+@_intrinsic
 def fma(typing, acc, x, y):
     """acc + x y, rounded once where the processor can."""
     return _elementwise("fma", lambda code, z, p, q: code.fma(p, q, z), acc, x, y)
@@ -624,7 +480,7 @@ def _select(code: Any, sign: str, p: Any, q: Any, yes: Any, no: Any) -> Any:
     return code.builder.select(compare(sign, p, q), yes, no)
 
 
-@intrinsic
+@_intrinsic
 def maximum(typing, x, y):
     """y where x < y, else x: max, where NaN in x stays and NaN in y is passed over.
 
@@ -633,7 +489,7 @@ def maximum(typing, x, y):
     return _elementwise("maximum", lambda code, p, q: _select(code, "<", p, q, q, p), x, y)
 
 
-@intrinsic
+@_intrinsic
 def greater(typing, x, y, p, q):
     """p where x > y, else q: NaN in x or y gives q. All of x's shape, or broadcast to it."""
     return _elementwise(
@@ -641,7 +497,7 @@ def greater(typing, x, y, p, q):
     )
 
 
-@intrinsic
+@_intrinsic
 def gate(typing, g, y):
     """0 where y <= 0, else g: the gradient of ReLU from its result y, NaN in y lets g pass."""
 
@@ -652,11 +508,11 @@ def gate(typing, g, y):
     return _elementwise("gate", op, g, y)
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def row_sum(typing, x, i):
     """sum_{j, l} x[i, j, l], a number; i a constant. Vectors are added first, then halves."""
     _tile("row_sum", x)
-    row = _constant(i)
+    row = constant(i)
 
     def emit(code, x, i):
         integer = isinstance(x[0][0].type.element, ir.IntType)
@@ -668,12 +524,12 @@ def row_sum(typing, x, i):
             half = total.type.count // 2
             low, high = (list(range(k, k + half)) for k in (0, half))
             total = plus(code.shuffle(total, total, low), code.shuffle(total, total, high))
-        return code.builder.extract_element(total, _I32(0))
+        return code.builder.extract_element(total, I32(0))
 
     return _primitive(x.dtype, (x, i), emit)
 
 
-@intrinsic
+@_intrinsic
 def transpose(typing, x):
     """y[i, 0, l] = x[l, 0, i] of a square block: L rows of one vector."""
     _tile("transpose", x)
@@ -686,9 +542,9 @@ def transpose(typing, x):
         while step < L:  # swap the off-diagonal blocks of every 2 step x 2 step block
             for i in (i for i in range(L) if not i & step):
                 a, b = v[i], v[i + step]
-                v[i] = code.shuffle(a, b, [l if not l & step else L + l - step for l in range(L)])
+                v[i] = code.shuffle(a, b, [n if not n & step else L + n - step for n in range(L)])
                 v[i + step] = code.shuffle(
-                    a, b, [l + step if not l & step else L + l for l in range(L)]
+                    a, b, [n + step if not n & step else L + n for n in range(L)]
                 )
             step *= 2
         return [[row] for row in v]
@@ -711,13 +567,13 @@ def _store(name: str, x: Any, C: Any, write: Callable[..., Any]) -> Any:
     return _primitive(types.void, (x, C, _N, _N), emit)
 
 
-@intrinsic
+@_intrinsic
 def store(typing, x, C, ic, ldc):
     """C[ic + i ldc + j L : + L] = x[i, j]."""
     return _store("store", x, C, lambda code, v, pointer: code.store(v, pointer))
 
 
-@intrinsic
+@_intrinsic
 def stream(typing, x, C, ic, ldc):
     """As `store`, past the caches where the address is a multiple of the vector's bytes.
 
@@ -726,10 +582,10 @@ def stream(typing, x, C, ic, ldc):
 
     def write(code, v, pointer):
         b, size = code.builder, _level.vector_bytes
-        low = b.and_(b.ptrtoint(pointer, _I64), _I64(size - 1))
-        with b.if_else(b.icmp_unsigned("==", low, _I64(0))) as (aligned, other):
+        low = b.and_(b.ptrtoint(pointer, I64), I64(size - 1))
+        with b.if_else(b.icmp_unsigned("==", low, I64(0))) as (aligned, other):
             with aligned:
-                hint = code.builder.module.add_metadata([_I32(1)])
+                hint = code.builder.module.add_metadata([I32(1)])
                 code.store(v, pointer, size).set_metadata("nontemporal", hint)
             with other:
                 code.store(v, pointer)
@@ -737,13 +593,13 @@ def stream(typing, x, C, ic, ldc):
     return _store("stream", x, C, write)
 
 
-@intrinsic
+@_intrinsic
 def fence(typing):
     """Makes what `stream` wrote visible to other threads."""
     return _primitive(types.void, (), lambda code: code.builder.fence("seq_cst") and None)
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def store_part(typing, x, C, ic, ldc, lo, hi, cols):
     """As `store`, in rows lo <= i < hi and the first `cols` elements of each row.
 
@@ -751,7 +607,7 @@ def store_part(typing, x, C, ic, ldc, lo, hi, cols):
     """
     _tile("store_part", x)
     _array("store_part", C, x.dtype)
-    vec, L, static = _vector(x.dtype), x.lanes, _static(lo, hi)
+    vec, L, static = x.vector, x.lanes, static_bounds(lo, hi)
 
     def emit(code, x, C, ic, ldc, lo, hi, cols):
         masks = code.masks(cols, len(x[0]), L)
@@ -763,4 +619,4 @@ def store_part(typing, x, C, ic, ldc, lo, hi, cols):
 
         code.rows_within(*(static or (lo, hi)), len(x), row)
 
-    return _primitive(types.void, (x, C, _N, _N, _N, _N, _N), emit)
+    return _primitive(types.void, (x, C, _N, _N, *_bounds(lo, hi), _N), emit)
