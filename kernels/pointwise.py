@@ -26,7 +26,7 @@ from numba import prange
 from kernels import memory
 from kernels._jit import Variants, jit, prepared
 from kernels.elementwise import relu_grad
-from kernels.product import product
+from kernels.product import gated_sums, product
 
 NARROW = 4  # sizes up to this are held in registers
 _CHUNKS = 16  # parts of a sum over rows; also the most threads it can use
@@ -315,14 +315,14 @@ def linear_grad(
         if need_w or need_b:
             gw, gb = _reduce_masked(x, grad, y)
     else:
-        if y is not None:
+        if need_b:
+            grad, gb = gated_sums(grad, y)
+        elif y is not None:
             grad = relu_grad(grad, y)
         if need_x:
             gx = _matmul_nt(grad, w)
         if need_w:
             gw = _matmul_tn(x, grad)
-        if need_b:
-            gb = grad.sum(axis=0)
     return gx, gw if need_w else None, gb if need_b else None
 
 

@@ -119,6 +119,46 @@ def _pack_columns(L: int) -> Any:
     return pack_columns
 
 
+def _gated_sums_loop(G, Y, gated, D, S):
+    # D = G where not Y <= 0, else 0, if gated;  S[c, n] = sum of D[m, n] over part c of the rows
+    # G, Y, D (M, N), S (chunks, N)
+    M, N = G.shape
+    chunks = S.shape[0]
+    size = (M + 4 * chunks - 1) // (4 * chunks) * 4
+    W = 2 * simd.lanes(G)
+    for c in prange(chunks):
+        for n in range(0, N, W):
+            acc = simd.zeros(4, 2, G)
+            for m in range(c * size, min(M, (c + 1) * size), 4):
+                i = m * N + n
+                if m + 4 <= M and n + W <= N:
+                    g = simd.load(4, 2, G, i, N)
+                    if gated:
+                        g = simd.gate(g, simd.load(4, 2, Y, i, N))
+                        simd.store(g, D, i, N)
+                else:
+                    g = simd.load_part(4, 2, G, i, N, 0, M - m, N - n)
+                    if gated:
+                        g = simd.gate(g, simd.load_part(4, 2, Y, i, N, 0, M - m, N - n))
+                        simd.store_part(g, D, i, N, 0, M - m, N - n)
+                acc = simd.add(acc, g)
+            pair = simd.add(simd.rows(acc, 0, 2), simd.rows(acc, 2, 4))
+            total = simd.add(simd.rows(pair, 0, 1), simd.rows(pair, 1, 2))
+            simd.store_part(total, S, c * N + n, 0, 0, 1, N - n)
+
+
+_gated_sums = Variants(_gated_sums_loop)
+
+
+def gated_sums(grad: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """grad (M, N) where not y <= 0, else 0, or grad itself without y; and its sums over M (N,)."""
+    gated = grad if y is None else memory.empty(grad.shape, grad.dtype)
+    sums = np.empty((max(1, min(_TASKS, len(grad) // 64)), grad.shape[1]), grad.dtype)
+    kernel = _gated_sums.choose(2 * grad.nbytes)
+    kernel(grad, grad if y is None else y, y is not None, gated, sums)
+    return gated, sums.sum(axis=0)  # over an outer axis: in order, by NumPy
+
+
 @cache
 def _panel_kernel(nr: int) -> Variants:
     return Variants(_panels(simd.ROWS[nr], nr))

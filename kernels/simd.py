@@ -410,10 +410,13 @@ def dot4_rows(typing, acc, A, ia, lda, B, ib, lo, hi):
 def rolled(typing):
     """No instruction: LLVM leaves the loop that calls it as it is.
 
-    Unrolled, the loop around a tile that fills the registers keeps some of it in memory.
+    Unrolled, the loop around a tile that fills the registers keeps some of it in memory. Levels of
+    16 registers have tiles of fewer multiply-adds, to which unrolling does good and no harm.
     """
 
     def emit(code):
+        if len(_level.rows) == len(_16_REGISTERS):
+            return
         nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", True)
         # One of LLVM's own attributes, which llvmlite's list of known ones lacks.
         set.add(code.builder.call(nothing, []).attributes, "noduplicate")

@@ -372,7 +372,8 @@ def test_no_register_of_the_main_loop_is_kept_in_memory(nr, dtype):
     suffix = "ps" if dtype == np.float32 else "pd"
     pattern = re.compile(rf"vfmadd\w+{suffix}")
     inner = max(blocks(assembly), key=lambda b: sum(bool(pattern.search(line)) for line in b))
-    assert sum(bool(pattern.search(line)) for line in inner) == simd.ROWS[nr] * nr  # not unrolled
+    count = sum(bool(pattern.search(line)) for line in inner)
+    assert count % (simd.ROWS[nr] * nr) == 0  # all of the tile, unrolled or not
     vectors = [line for line in inner if re.search(r"%[xyz]mm", line)]
     stack = "rsp|rbp" if re.search(r"movq\s+%rsp, %rbp", assembly) else "rsp"
     assert not [line for line in vectors if re.search(rf"\(%({stack})", line)]
