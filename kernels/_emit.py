@@ -151,17 +151,20 @@ class Code:
 
 
 def suffix(kind: ir.VectorType) -> str:
+    """The vector type in the name of an instruction: v16f32."""
     short = {str(t): name for t, name in SCALARS.values()}
     return f"v{kind.count}{short[str(kind.element)]}"
 
 
 def index(value: Any) -> Any:
+    """A bound as LLVM's value, whether it is constant or not."""
     return I64(value) if isinstance(value, int) else value
 
 
 def constant(kind: Any) -> int:
+    """The value of a compile-time constant. Raises TypingError for anything else."""
     if not isinstance(kind, types.IntegerLiteral):
-        raise TypingError(f"expected an integer constant, got {kind}")
+        raise TypingError(f"simd: expected an integer constant or a bare name of one, got {kind}")
     return int(kind.literal_value)
 
 
