@@ -42,9 +42,9 @@ def _panels(mr: int, nr: int) -> Any:
     def panels(A, rows, sm, sk, B, origin, step, ldb, bias, low, C, K, first, cols, block, groups):
         # C[c, m, first + n] = max(bias[first + n] + sum_k A[m sm + k sk] B[k, n], low)
         # c: part of the sum over k < K; 0 <= n < cols;  C (chunks, M, N), bias (N,)
-        # B[k, p W + j] = B[origin + p step + k ldb + j], W = nr L;  A has rows >= mr rows
+        # B[k, p W + j] = B[origin + p step + k ldb + j], W = nr L or L / 2;  A has rows >= mr rows
         chunks, M, N = C.shape
-        W = nr * simd.lanes(C)
+        W = nr * simd.lanes(C) if nr else simd.lanes(C) // 2
         P = (cols + W - 1) // W
         blocks = (M + block - 1) // block
         chunk = (K + chunks - 1) // chunks
@@ -74,14 +74,14 @@ def _panels(mr: int, nr: int) -> Any:
                                 acc = simd.add(acc, simd.load(mr, nr, C, ic, N))
                             if k_hi == k_end:
                                 acc = simd.add(acc, simd.load(1, nr, bias, n, 0))
-                                acc = simd.maximum(acc, simd.fill(1, 1, C, low))
+                                acc = simd.maximum(acc, simd.fill(1, nr, C, low))
                             simd.store(acc, C, ic, N)
                         else:
                             if k_lo > k_first:
                                 acc = simd.add(acc, simd.load_part(mr, nr, C, ic, N, lo, hi, part))
                             if k_hi == k_end:
                                 acc = simd.add(acc, simd.load_part(1, nr, bias, n, 0, 0, 1, part))
-                                acc = simd.maximum(acc, simd.fill(1, 1, C, low))
+                                acc = simd.maximum(acc, simd.fill(1, nr, C, low))
                             simd.store_part(acc, C, ic, N, lo, hi, part)
 
     return panels
@@ -97,7 +97,7 @@ def _pack_rows(B, first, cols, P):
             n = p * W + j
             for k in range(K):
                 row = simd.load_part(1, 1, B, k * N + first + n, 0, 0, 1, cols - n)
-                simd.store(row, P, (p * K + k) * W + j, 0)
+                simd.store_part(row, P, (p * K + k) * W + j, 0, 0, 1, W - j)
 
 
 def _pack_columns(L: int) -> Any:
@@ -114,7 +114,7 @@ def _pack_columns(L: int) -> Any:
                         simd.store(block, P, ip, W)
                     else:
                         part = simd.load_part(L, 1, B, ib, K, 0, cols - n, K - k)
-                        simd.store_part(simd.transpose(part), P, ip, W, 0, K - k, L)
+                        simd.store_part(simd.transpose(part), P, ip, W, 0, K - k, W - j)
 
     return pack_columns
 
@@ -200,7 +200,7 @@ def product(
         panel, origin, step, ldb = b, part.first, part.width, N
         if part.packed:
             panel = _aligned((part.panels, K, part.width), b.dtype)
-            pack = _pack_kernel(part.width // part.nr if transpose_b else 0)
+            pack = _pack_kernel(simd.LANES * 4 // a.itemsize if transpose_b else 0)
             pack.choose(2 * panel.nbytes)(b, part.first, part.cols, panel)
             origin, step, ldb = 0, K * part.width, part.width
         _panel_kernel(part.nr).choose(M * K * part.cols)(
@@ -250,7 +250,11 @@ def _plan(
     lanes, most = simd.LANES * 4 // itemsize, simd.TILE[1]
     rest = N % (most * lanes)
     cuts = [(most, 0, N - rest)] if rest < N else []
-    if rest:
+    if simd.LANES >= 8 and 0 < rest % lanes <= lanes // 2:  # half a vector more will do
+        whole = rest // lanes
+        cuts += [(whole, N - rest, whole * lanes)] if whole else []
+        cuts.append((0, N - rest % lanes, rest % lanes))
+    elif rest:
         cuts.append((-(-rest // lanes), N - rest, rest))
     tasks = -(-M // _BLOCK_ROWS) * -(-N // (most * lanes))
     chunks = max(1, min(-(-_TASKS // tasks), K // _CHUNK_TERMS, _TASKS))
@@ -258,7 +262,7 @@ def _plan(
     in_place = not transpose_b and (depth * N * itemsize <= _DIRECT_BYTES or M < _DIRECT_ROWS)
     parts = []
     for nr, first, cols in cuts:
-        mr, width = simd.ROWS[nr], nr * lanes
+        mr, width = simd.ROWS[nr], nr * lanes or lanes // 2
         panels = -(-cols // width)
         rows = max(mr, min(_BLOCK_ROWS, _BLOCK_BYTES // (depth * itemsize)) // mr * mr)
         block = -(-M // (-(-M // rows) * mr)) * mr

@@ -27,6 +27,7 @@ Rules that hold for every function here:
 - A tile is a value: `acc = simd.rank1(acc, ...)` gives the tile after the update.
 - `mr` and `nr` must be compile-time constants: written out, or a bare name of a global or of a
   variable of an enclosing function. `MR - 1` is not one.
+- nr = 0 stands for one vector of half the lanes, which wastes less on short rows.
 - Arrays are C-contiguous, of any number of dimensions, and addressed FLAT: an offset counts
   elements from the start; `ld` is the distance between two rows of a tile. Nothing is checked.
 - The element type of a tile is that of the array given to `zeros`, `load`, `fill`: float32, float64
@@ -136,8 +137,8 @@ _level = LEVELS[LEVEL]
 
 #: Elements of a float32 or int32 vector; float64 has half as many.
 LANES = _level.vector_bytes // 4
-#: The preferred tile is TILE = (mr, nr); ROWS[nr] is the height that suits nr vectors, nr >= 1.
-ROWS = (0, *_level.rows)
+#: The preferred tile is TILE = (mr, nr); ROWS[nr] is the height that suits nr vectors.
+ROWS = (_level.rows[0], *_level.rows)
 TILE = (ROWS[-1], len(ROWS) - 1)
 
 
@@ -220,7 +221,9 @@ def _lanes(array: Any) -> int:
 
 
 def _new(mr: Any, nr: Any, array: Any) -> Tile:
-    return Tile(constant(mr), constant(nr), array.dtype, _lanes(array))
+    vectors = constant(nr)
+    lanes = _lanes(array) if vectors else _lanes(array) // 2
+    return Tile(constant(mr), max(vectors, 1), array.dtype, lanes)
 
 
 # --- making tiles ---------------------------------------------------------------------------------
@@ -432,7 +435,7 @@ def _elementwise(name: str, op: Callable[..., Any], *tiles: Any) -> Any:
     _tile(name, *tiles)
     x = tiles[0]
     for y in tiles[1:]:
-        if y.dtype != x.dtype or y.mr not in (1, x.mr) or y.nr not in (1, x.nr):
+        if y.vector != x.vector or y.mr not in (1, x.mr) or y.nr not in (1, x.nr):
             raise TypingError(f"simd.{name}: {y} does not fit {x}")
 
     def emit(code, *values):

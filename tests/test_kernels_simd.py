@@ -366,25 +366,25 @@ def product_kernel(nr, dtype):
 
 @pytest.mark.skipif("avx" not in simd.LEVEL, reason="reads x86 assembly")
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("nr", range(1, NR + 1))
+@pytest.mark.parametrize("nr", range(NR + 1))
 def test_no_register_of_the_main_loop_is_kept_in_memory(nr, dtype):
     (assembly,) = product_kernel(nr, dtype).inspect_asm().values()
     suffix = "ps" if dtype == np.float32 else "pd"
     pattern = re.compile(rf"vfmadd\w+{suffix}")
     inner = max(blocks(assembly), key=lambda b: sum(bool(pattern.search(line)) for line in b))
     count = sum(bool(pattern.search(line)) for line in inner)
-    assert count % (simd.ROWS[nr] * nr) == 0  # all of the tile, unrolled or not
+    assert count % (simd.ROWS[nr] * max(nr, 1)) == 0  # all of the tile, unrolled or not
     vectors = [line for line in inner if re.search(r"%[xyz]mm", line)]
     stack = "rsp|rbp" if re.search(r"movq\s+%rsp, %rbp", assembly) else "rsp"
     assert not [line for line in vectors if re.search(rf"\(%({stack})", line)]
-    if simd.LANES == 16:
+    if simd.LANES == 16 and nr:
         assert not [line for line in vectors if "%ymm" in line]
 
 
 def print_neon_code():
     """Run in a process of its own: from here on tiles are NEON's."""
     simd._level, simd.LEVEL = simd.LEVELS["neon"], "neon"
-    simd.ROWS = (0, *simd._level.rows)
+    simd.ROWS = (simd._level.rows[0], *simd._level.rows)
     print(*product_kernel(4, np.float32).inspect_llvm().values())
 
 
