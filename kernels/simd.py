@@ -334,7 +334,7 @@ def _rank1(name: str, acc: Any, A: Any, B: Any, lo: Any = None, hi: Any = None) 
         return [code.load(code.at(B, ib, extra=j * L), vec) for j in range(acc.nr)]
 
     def row(code, x, A, ia, lda, b, i):
-        a = code.splat(code.builder.load(code.at(A, ia, i, lda)), L)
+        a = code.splat(code.builder.load(code.row_of(A, ia, i, lda)), L)
         return [code.fma(a, b[j], x[i][j]) for j in range(acc.nr)]
 
     return _update(acc, (acc, A, _N, _N, B, _N), vectors, row, lo, hi)
