@@ -22,6 +22,8 @@ import numba
 import numpy as np
 from numba.core.caching import FunctionCache
 
+from kernels import simd
+
 _config: Any = numba.config
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
@@ -148,6 +150,7 @@ def _fingerprint() -> str:
         np.__version__,
         sys.version,
         platform.platform(),
+        simd.LEVEL,
         _config.CPU_NAME or llvm.get_host_cpu_name(),
         _config.CPU_FEATURES or llvm.get_host_cpu_features().flatten(),
         _config.OPT,
