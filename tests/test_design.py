@@ -17,7 +17,7 @@ LAYERS = [
     ["kernels"],
     ["tinynn.errors"],
     ["tinynn.op"],
-    ["tinynn.storage", "tinynn.environment"],
+    ["tinynn.storage", "tinynn.environment", "tinynn.generators"],
     ["tinynn.tensor"],
     ["tinynn.diagnose", "tinynn.gradcheck"],
     ["tinynn.ops"],
