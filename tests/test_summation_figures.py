@@ -102,7 +102,13 @@ GRID = [
     for how in ("distortion", "no distortion")
     for regulariser in ("none", "l1", "l2")
 ]
-CONTROLS = ["literal, random pruning", "default", "default without lift", "2-1-1 net from scratch"]
+CONTROLS = [
+    "literal, random pruning",
+    "default",
+    "default without lift",
+    "default, l2 norm > 0.5",
+    "2-1-1 net from scratch",
+]
 
 CASES: dict[str, tuple[list[Record], set[str]]] = {
     "no records": ([], set()),
@@ -216,6 +222,7 @@ def test_the_front_is_what_no_other_run_beats() -> None:
         ("default, random pruning", ("random pruning", "default recipe")),
         ("default without roll-back", ("default recipe", "without roll-back")),
         ("default", ("default recipe", "as it is")),
+        ("default, l2 norm > 0.5", ("default recipe, other criteria", "l2 norm > 0.5")),
         ("2-1-1 net from scratch", ("from scratch", "2-1-1 net")),
     ],
 )
@@ -245,6 +252,38 @@ def test_a_directory_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError):
         figures.draw(tmp_path / "file", [run()])
+
+
+def test_pictures_of_other_runs_do_not_stay(tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("not ours")
+    figures.draw(tmp_path, [run(c, key=c) for c in GRID[:2]])
+    assert (tmp_path / "table.png").exists()
+    figures.draw(tmp_path, resumed([run("literal", key="new", weights=None, collapsed=True)]))
+    assert {p.name for p in tmp_path.iterdir()} == {"notes.png", "cycles.png"}
+
+
+def test_the_networks_stay_while_their_run_is_among_the_records(tmp_path: Path) -> None:
+    path = tmp_path / "networks.png"
+    first, second = run(seed=0, key="a"), run(seed=1, key="b")
+    figures.draw(tmp_path, [first])
+    before = path.read_bytes()
+    assert path in figures.draw(tmp_path, resumed([first]))
+    assert path.read_bytes() == before
+    figures.draw(tmp_path, [*resumed([first]), second])  # the run shown comes first
+    assert path.read_bytes() == before
+    figures.draw(tmp_path, [second, *resumed([first])])
+    assert path.read_bytes() != before
+    assert path not in figures.draw(tmp_path, resumed([first])) and not path.exists()
+    path.write_text("no picture")
+    assert path not in figures.draw(tmp_path, resumed([first])) and not path.exists()
+
+
+def test_what_cannot_be_written_does_not_take_the_others_along(tmp_path: Path) -> None:
+    (tmp_path / "cycles.png").mkdir()  # in the way of a picture
+    (tmp_path / "table.png").mkdir()  # in the way of removal
+    with pytest.raises(OutputError, match=r"cycles\.png.*cannot remove.*table\.png"):
+        figures.draw(tmp_path, [run()])
+    assert {p.name for p in tmp_path.iterdir()} == ALL | {"table.png"}
 
 
 def test_the_settings_of_matplotlib_stay_as_they_were(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 import tinynn as tn
-from experiments.runner import main
-from experiments.summation_prune import EXPERIMENT, OPTIONS, run
+from experiments import runner
+from experiments.runner import Record, main
+from experiments.summation_prune import EXPERIMENT, OPTIONS, random_control, run
+from tinynn.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--nodes", "20", "--samples", "2000", "--batch", "100", "--steps", "60"]
@@ -89,7 +91,7 @@ def test_resume_takes_up_finished_runs(tmp_path: Path, capsys: pytest.CaptureFix
         {"criterion": "count", "threshold": 0.0},
         {"criterion": "variance", "threshold": 0.0},
         {"criterion": "l2", "threshold": 0.5},
-        {"criterion": "random"},
+        random_control(config()),
         {"criterion": "count", "bounds": 1.0, "bounds_unit": "std", "bounds_remove": "outside"},
         {"criterion": "rate", "bounds": 0.1, "bounds_unit": "variance", "bounds_remove": "inside"},
         {"loss": "mse", "lr": 0.01},
@@ -117,12 +119,87 @@ def test_every_configuration_runs(changes: dict[str, Any]) -> None:
     assert all(a >= b for a, b in pairwise(sizes)) or record["roll_backs"]
 
 
-def test_random_pruning_follows_the_schedule_of_the_criterion() -> None:
-    judged = run(config(cycles=3, lift=False), 2, say_nothing)
-    random = run(config(cycles=3, lift=False, criterion="random"), 2, say_nothing)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"criterion": "rate", "threshold": 1e-5},
+        {"criterion": "rate", "threshold": 0.2},
+        {"criterion": "l2", "threshold": 0.5},
+    ],
+)
+def test_random_pruning_follows_the_schedule_of_the_recipes_criterion(recipe: Record) -> None:
+    own = config(cycles=3, distortion="none", roll_back=False, merge=False, **recipe)
+    judged, random = run(own, 2, say_nothing), run(random_control(own), 2, say_nothing)
     wanted = [c["removed"] for c in judged["cycles"]]
-    got = [c["removed"] for c in random["cycles"]]
-    assert got[0] == wanted[0] > 0
+    assert [c["removed"] for c in random["cycles"]] == wanted and wanted[0] > 0
+
+
+def recipe_of(*flags: str) -> Record:
+    args = runner._parser(EXPERIMENT).parse_args(list(flags))
+    (cell,) = EXPERIMENT.cells(args).values()
+    return cell
+
+
+def test_the_command_lines_random_pruning_follows_its_recipe() -> None:
+    for flags, own in (
+        (["--criterion", "random"], ("rate", 1e-5)),
+        (["--criterion", "random", "--threshold", "0.25"], ("rate", 0.25)),
+        (["--criterion", "random", "--literal"], ("count", 0.0)),
+    ):
+        cell = recipe_of(*flags)
+        assert (cell["twin_criterion"], cell["twin_threshold"]) == own
+    assert recipe_of("--criterion", "variance")["threshold"] == 0.0
+    assert recipe_of("--criterion", "rate")["threshold"] == 1e-5
+
+
+@pytest.mark.parametrize("cycles", [1, 3])
+def test_the_net_that_is_measured_is_the_last_trained(cycles: int) -> None:
+    short = config(nodes=50, steps=30, cycles=cycles, fine_tune=0)
+    record = run(short, 0, say_nothing)
+    assert record["hidden_nodes"] > 1
+    trained = record["cycles"][-1]["train_rmse"]
+    assert record["train_rmse"] == pytest.approx(trained, rel=0.01)
+
+
+def test_after_a_roll_back_the_last_good_net_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deadly(net: tn.Module, *rest: Any, **options: Any) -> tn.Module:
+        out = net.copy()
+        out.parameters()[1].mutate()[...] = -1e3
+        return out
+
+    monkeypatch.setattr(tn, "distort", deadly)
+    record = run(config(nodes=50, steps=30, cycles=9, patience=2, fine_tune=0), 0, say_nothing)
+    good, *bad = record["cycles"]
+    assert not good["collapse"] and record["roll_backs"] == len(bad) == 3
+    assert not record["collapsed"] and record["hidden_nodes"] == good["after"]
+    assert record["train_rmse"] == pytest.approx(good["train_rmse"], rel=0.01)
+
+
+def test_a_net_that_never_trained_is_a_collapse() -> None:
+    record = run(config(lr=1e4, patience=1), 0, say_nothing)
+    assert record["roll_backs"] == 2 and record["collapsed"] and record["hidden_nodes"] == 0
+
+
+def test_no_distortion_means_none_in_the_lift_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Record] = []
+
+    def noted(net: tn.Module, rng: np.random.Generator, **options: Any) -> tn.Module:
+        calls.append(options)
+        return net.copy()
+
+    monkeypatch.setattr(tn, "distort", noted)
+    record = run(config(distortion="none", patience=3, merge=False), 0, say_nothing)
+    assert not calls and {c["phase"] for c in record["cycles"]} == {"prune"}
+    run(config(distortion_scale=0.25, patience=3, merge=False), 0, say_nothing)
+    lifts = [c for c in calls if c["formula"] == "constant"]
+    assert lifts and all(c["scale"] == 0.25 for c in calls)
+
+
+def test_removed_nodes_are_counted_by_what_removed_them() -> None:
+    record = run(config(nodes=50, steps=30, cycles=3), 0, say_nothing)
+    criterion, merge = record["removed_by_criterion"], record["removed_by_merge"]
+    assert criterion > 0 and merge > 0
+    assert 50 - criterion - merge == record["hidden_nodes"]
 
 
 def test_a_collapse_is_counted_apart() -> None:
@@ -151,8 +228,15 @@ def test_the_table_has_all_cells(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "1",
     )
     cells = result["summary"]["cells"]
-    assert len(cells) == 2 * (2 * 2 * 3 + 1) + 6
+    assert len(cells) == 2 * (2 * 2 * 3 + 1) + 1 + 3 + 7 + 1
     assert {"default", "2-1-1 net from scratch", "literal, random pruning"} <= cells.keys()
+    own = {
+        name: (result["config"][name]["twin_criterion"], result["config"][name]["twin_threshold"])
+        for name in ("literal, random pruning", "default, random pruning")
+    }
+    assert set(own.values()) == {("count", 0.0), ("rate", 1e-5)}
+    configs = [json.dumps(c, sort_keys=True) for c in result["config"].values()]
+    assert len(set(configs)) == len(configs)
     printed = capsys.readouterr().out
     assert all(cell in printed for cell in cells)
 
@@ -162,8 +246,23 @@ def test_the_table_has_all_cells(tmp_path: Path, capsys: pytest.CaptureFixture[s
     [
         (["--runs", "0"], "--runs >= 1"),
         (["--threads", "999"], "--threads from 1 to"),
-        (["--nodes", "0"], "required sizes >= 1"),
-        (["--samples", "0"], "at least one row"),
+        (["--nodes", "0"], "required --nodes >= 1; came 0"),
+        (["--samples", "1"], "required --samples >= 2; came 1"),
+        (["--batch", "0"], "required --batch >= 1; came 0"),
+        (["--bounds", "-1"], "required --bounds >= 0; came -1"),
+        (["--patience", "-1"], "required --patience >= 0; came -1"),
+        (["--cycles", "0"], "required --cycles >= 1; came 0"),
+        (["--threshold", "nan"], "required --threshold >= 0; came nan"),
+        (["--distortion-scale", "inf"], "required --distortion-scale a finite number; came inf"),
+        (["--steps", "-1"], "required --steps >= 0; came -1"),
+        (["--epochs", "-1"], "required --epochs >= 0; came -1"),
+        (["--penalty", "-1"], "required --penalty >= 0; came -1"),
+        (["--momentum", "2"], "required --momentum >= 0 and < 1; came 2"),
+        (["--lr", "nan"], "required --lr > 0; came nan"),
+        (["--lift-lr", "0"], "required --lift-lr > 0; came 0"),
+        (["--fine-tune", "-1"], "required --fine-tune >= 0; came -1"),
+        (["--fine-tune-lr", "inf"], "required --fine-tune-lr > 0; came inf"),
+        (["--data-dir", "/nonexistent"], "required --data-dir: an existing directory; came /non"),
         (["--out", "/proc/nothing"], "cannot write"),
     ],
 )
@@ -173,6 +272,39 @@ def test_wrong_input_is_one_clear_line(
     assert main(EXPERIMENT, [*TINY, "--out", str(tmp_path), *flags]) == 1
     errors = capsys.readouterr().err
     assert words in errors and "Traceback" not in errors
+
+
+def test_every_number_has_a_range() -> None:
+    for name, option in OPTIONS.items():
+        for value in (option.default, option.literal):
+            option.check(name, value)
+        if isinstance(option.default, float):
+            with pytest.raises(ConfigError, match=name.replace("_", "-")):
+                option.check(name, float("nan"))
+
+
+def test_resume_keeps_the_runs_of_other_configurations(tmp_path: Path) -> None:
+    execute(tmp_path, "--runs", "3")
+    before = (tmp_path / "log.jsonl").read_text()
+    execute(tmp_path, "--seed", "9", "--resume")
+    after = (tmp_path / "log.jsonl").read_text()
+    assert after.startswith(before) and after.count("\n") == 4
+    again = execute(tmp_path, "--runs", "3", "--resume")
+    assert [r["seed"] for r in again["runs"]] == [0, 1, 2]
+    assert (tmp_path / "log.jsonl").read_text() == after
+    assert not (tmp_path / "networks.png").exists()  # it showed seed 9
+
+
+def test_a_picture_that_cannot_be_written_costs_no_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cycles.png").mkdir()
+    assert main(EXPERIMENT, [*TINY, "--out", str(tmp_path)]) == 1
+    assert json.loads((tmp_path / "result.json").read_text())["runs"]
+    assert (tmp_path / "model.safetensors").exists()
+    told = capsys.readouterr()
+    assert "cycles.png" in told.err and "Traceback" not in told.err
+    assert "runs that reach one node" in told.out
 
 
 def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:

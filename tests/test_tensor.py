@@ -145,6 +145,52 @@ def test_data_and_grad_cannot_be_written_from_outside() -> None:
         x.grad[0] = 1
 
 
+def test_read_only_views_cannot_be_made_writable() -> None:
+    x = leaf(2.0)
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        x.data.flags.writeable = True
+    with pytest.raises(ValueError, match="read-only"):
+        np.asarray(x)[0] = 1
+    g = np.ones(1)
+    x.grad = g
+    g[0] = 9
+    assert x.grad is not None and x.grad[0] == 1
+
+
+def test_switches_hold_for_one_thread() -> None:
+    import threading
+
+    x, results = leaf(1.0), []
+    inside, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with no_grad():
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait(10)
+    results.append((x * 2).requires_grad)
+    with no_grad():
+        results.append((x * 2).requires_grad)
+        done.set()
+        thread.join()
+    results.append((x * 2).requires_grad)
+    assert results == [True, False, True]
+
+
+def test_a_deep_copy_is_a_leaf() -> None:
+    import copy
+
+    x = leaf(2.0)
+    y = x * x
+    for _ in range(3000):
+        y = y + 1
+    twin = copy.deepcopy(y)
+    assert twin.item() == y.item() and twin.requires_grad and twin._node is None
+
+
 def test_a_tensor_does_not_share_memory_with_the_array_it_was_made_from() -> None:
     a = np.ones(2)
     x = Tensor(a, requires_grad=True)

@@ -291,3 +291,88 @@ def test_an_interrupted_process_leaves_a_usable_checkpoint(
     whole = Setting(0)
     whole.fit(epochs=at.epoch + 2)
     assert same(weights(resumed), weights(whole))
+
+
+def test_an_optimiser_of_another_model_is_refused() -> None:
+    s = Setting()
+    with pytest.raises(ConfigError, match="not the model's"):
+        fit(s.net.copy(), s.data, loss=ops.rmse, optimizer=s.optimizer, epochs=1)
+
+
+def test_gradients_from_before_do_not_leak_into_the_first_step() -> None:
+    a, b = Setting(), Setting()
+    x, y = next(iter(Setting(5).data))
+    ops.rmse(b.net.eval()(Tensor(x)), y).backward()
+    a.fit(epochs=1)
+    b.net.train()
+    b.fit(epochs=1)
+    assert same(weights(a), weights(b))
+
+
+def test_a_list_of_batches_resumes_in_the_middle_too(tmp_path: Path) -> None:
+    batches = list(Setting().data)
+    path = tmp_path / "state"
+    whole, cut, rest = Setting(), Setting(), Setting(1)
+    whole.fit(data=batches, steps=9)
+    cut.fit(data=batches, steps=4, checkpoint=path)
+    assert rest.fit(data=batches, steps=9, checkpoint=path, resume=True).records[-1]["step"] == 9
+    # the part of an epoch counts as one, so the second fit begins the list again
+    assert not same(weights(rest), weights(cut))
+
+    with pytest.raises(RuntimeError):
+        broken = Setting()
+        options = {"epochs": 3, "checkpoint": path, "checkpoint_seconds": 0.0}
+        broken.fit(data=CutList(batches), **options)
+    later, straight = Setting(1), Setting()
+    later.fit(data=batches, resume=True, **options)
+    straight.fit(data=batches, epochs=3)
+    assert same(weights(later), weights(straight))
+
+
+class CutList:
+    """A list of batches that fails in its second epoch."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.epoch = batches, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.epoch += 1
+        for i, batch in enumerate(self.batches):
+            if self.epoch == 2 and i == 3:
+                raise RuntimeError("power failure")
+            yield batch
+
+
+def test_an_explosion_in_the_last_step_does_not_overwrite_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    s = Setting()
+    s.fit(epochs=1, checkpoint=path)
+    good = path.read_bytes()
+    wild = Setting()
+    wild.optimizer = SGD(wild.net.parameters(), lr=1e39)
+    with pytest.raises(NonFiniteError, match="was made NaN or infinite by the update of step 0"):
+        fit(wild.net, wild.data, loss=ops.mse, optimizer=wild.optimizer, steps=1, checkpoint=path)
+    assert path.read_bytes() == good
+
+
+def test_a_finished_training_that_is_resumed_leaves_the_data_at_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    Setting().fit(steps=4, checkpoint=path)
+    s = Setting()
+    s.fit(steps=4, checkpoint=path, resume=True)
+    assert sum(len(x) for x, _ in s.data) == 90
+
+
+def test_a_loss_must_be_one_number_and_epochs_not_negative() -> None:
+    s = Setting()
+    with pytest.raises(TinynnError, match="one number"):
+        fit(s.net, s.data, loss=lambda p, t: p - t, optimizer=s.optimizer, epochs=1)
+    with pytest.raises(ConfigError, match=">= 0"):
+        s.fit(epochs=-1)
+
+
+def test_validation_that_is_not_finite_is_named() -> None:
+    s = Setting()
+    bad = [(np.full((2, 2), np.nan, np.float32), np.zeros((2, 1), np.float32))]
+    with pytest.raises(NonFiniteError, match="evaluate"):
+        s.fit(epochs=1, validation=bad)

@@ -1,7 +1,7 @@
 """tinynn: a neural-network engine in which every step can be read, changed, and is fast."""
 
 from kernels._jit import get_threads, max_threads, set_threads
-from tinynn import data, graph, init, nn, ops
+from tinynn import data, graph, init, nn, ops, schedule
 from tinynn.compress import distort, importance, merge, prune, select
 from tinynn.data import Batches
 from tinynn.diagnose import find_non_finite
@@ -56,6 +56,7 @@ __all__ = [
     "prune",
     "rmse",
     "save",
+    "schedule",
     "select",
     "set_threads",
     "softmax_cross_entropy",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tinynn.errors import ConfigError, FileFormatError, TinynnError
+from tinynn.generators import generator_state, set_state
 from tinynn.nn.module import Module
 from tinynn.nn.serialize import describe
 from tinynn.op import Array
@@ -57,11 +58,11 @@ def save_checkpoint(
         "optimizer": numbers,
         "schedule": schedule.state_dict(),
         "data": data.state_dict() if hasattr(data, "state_dict") else None,
-        "generators": [g.bit_generator.state for g in _generators(model)],
+        "generators": [generator_state(g) for g in _generators(model)],
     }
     header = {
         "tinynn-checkpoint": _FORMAT,
-        "model": describe(model),
+        "model": describe(model, states=False),
         "state": json.dumps(state, allow_nan=False),
     }
     write_tensors(path, tensors, header)
@@ -82,28 +83,37 @@ def load_checkpoint(
     tensors, metadata = read_tensors(path)
     if metadata.get("tinynn-checkpoint") != _FORMAT:
         raise FileFormatError(f"{path}: holds no training checkpoint of format {_FORMAT}")
+    if metadata.get("model") != describe(model, states=False):
+        raise ConfigError(f"{path}: the checkpoint belongs to a model of another architecture")
     state = parse_json(metadata.get("state", ""), str(path))
+    if state.get("data") is not None and not hasattr(data, "load_state_dict"):
+        raise ConfigError(f"{path}: the checkpoint needs data that can resume; came {type(data)}")
+    generators = _generators(model)
+    before = (
+        model.state_dict(),
+        optimizer.state_dict(),
+        schedule.state_dict(),
+        [generator_state(g) for g in generators],
+    )
     try:
-        generators = _generators(model)
-        if len(generators) != len(state["generators"]):
-            raise ConfigError(f"{path}: the checkpoint belongs to a model with other generators")
-        before = model.state_dict()
         model.load_state_dict(_part(tensors, "model/"))
-        try:
-            optimizer.load_state_dict({**state["optimizer"], **_part(tensors, "optimizer/")})
-            schedule.load_state_dict(state["schedule"])
-            if state["data"] is not None:
-                data.load_state_dict(state["data"])
-        except TinynnError:
-            model.load_state_dict(before)
-            raise
+        optimizer.load_state_dict({**state["optimizer"], **_part(tensors, "optimizer/")})
+        schedule.load_state_dict(state["schedule"])
         for generator, bits in zip(generators, state["generators"], strict=True):
-            generator.bit_generator.state = bits
-        return Progress(**state["progress"]), list(state["records"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+            set_state(generator, bits)
+        progress, records = Progress(**state["progress"]), list(state["records"])
+        if state["data"] is not None:
+            data.load_state_dict(state["data"])  # changes nothing unless all of it fits
+    except (TinynnError, LookupError, TypeError, AttributeError, ValueError) as error:
+        model.load_state_dict(before[0])
+        optimizer.load_state_dict(before[1])
+        schedule.load_state_dict(before[2])
+        for generator, bits in zip(generators, before[3], strict=True):
+            set_state(generator, bits)
         if isinstance(error, TinynnError):
             raise
         raise FileFormatError(f"{path}: its training state cannot be read: {error!r}") from error
+    return progress, records
 
 
 def exists(path: PathLike | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from kernels import statistics
-from tinynn.errors import DataError, GraphError
-from tinynn.graph import Graph, Value, trace
-from tinynn.nn.module import Module
+from tinynn.errors import DataError, GraphError, NonFiniteError, PruneError
+from tinynn.graph import Value, trace
+from tinynn.nn.module import Module, running_module
 from tinynn.op import Array, Op
 from tinynn.tensor import Tensor, no_grad, recording
 
@@ -52,59 +53,118 @@ class Statistics:
         """Whether all values of the channel were equal."""
         return self.low == self.high
 
+    @property
+    def finite(self) -> Array:
+        """Whether neither the values nor what is computed of them is NaN or infinite."""
+        numbers = np.stack([self.mean, self._squares, self.low, self.high])
+        return np.asarray(np.isfinite(numbers).all(axis=0))
+
     def add(self, activation: Array) -> None:
-        """Take in an array (..., channels)."""
+        """Take in an array (..., channels) of at least one row."""
         x = activation.reshape(-1, activation.shape[-1])
+        x = x if x.dtype.kind == "f" else x.astype(np.float64)
         n = len(x)
-        count, mean, squares, low, high = statistics.channels(x)
-        delta, total = mean - self.mean, self.samples + n
-        self.mean = self.mean + delta * (n / total)
-        self._squares = self._squares + squares + delta * delta * (self.samples * n / total)
+        with np.errstate(invalid="ignore", over="ignore"):  # `finite` tells
+            count, mean, squares, low, high = statistics.channels(x)
+            delta, total = mean - self.mean, self.samples + n
+            self.mean = self.mean + delta * (n / total)
+            self._squares = self._squares + squares + delta * delta * (self.samples * n / total)
         self.count = self.count + count
         self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
         self.samples = total
 
 
 class Observer:
-    """The graph of a model and the statistics of every value that an op computed in it."""
+    """The graph of a model and the statistics of every value that an op computed in it.
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self._statistics = {n.output.index: Statistics(n.output.shape[-1]) for n in graph.nodes}
-        self._statistics[graph.input.index] = Statistics(graph.input.shape[-1])
+    `example`: a batch of one or more rows on which the graph is traced. A value whose last axis
+    changes its length with the batch has no channels and no statistics, nor has one without axes.
+    """
+
+    def __init__(self, model: Module, example: Array) -> None:
+        self.graph = trace(model, example)
+        self._digest = _digest(model)
+        self._paths = {id(m): path for path, m in model.named_modules()}
+        values = [self.graph.input, *(n.output for n in self.graph.nodes)]
+        self._statistics = {v.index: Statistics(v.channels) for v in values if v.shape}
+
+    def __contains__(self, value: Value) -> bool:
+        return value.index in self._statistics
 
     def __getitem__(self, value: Value) -> Statistics:
+        if value not in self:
+            raise GraphError(f"observe: nothing was observed of {value}: it has no channels")
         return self._statistics[value.index]
 
+    def require(self, model: Module, who: str) -> None:
+        """Raise PruneError unless this was observed on `model` as it is now, for the pass `who`."""
+        if _digest(model) != self._digest:
+            raise PruneError(
+                f"{who}: what was observed belongs to another model, or to this one before its "
+                "parameters changed; observe it again"
+            )
+
     def watch(self, model: Module, x: Array) -> None:
-        """Run the model on one batch and take its activations in."""
-        position = 0
+        """Run the model on one batch and take its activations in.
+
+        Raises GraphError if it computes other ops than were traced, NonFiniteError for activations
+        that are NaN or infinite, or so large that their variance is.
+        """
+        nodes, position = self.graph.nodes, 0
 
         def record(op: Op, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             nonlocal position
-            if position >= len(self.graph.nodes) or self.graph.nodes[position].op != op:
-                raise GraphError(f"observe: the model computed {op} where the trace did not")
-            self._statistics[self.graph.nodes[position].output.index].add(output._data)
+            path = self._paths.get(id(running_module()), "")
+            # Not the ops themselves: an attribute, as a shape, may hold the size of the batch.
+            node = nodes[position] if position < len(nodes) else None
+            if node is None or (node.op.name, node.path) != (op.name, path):
+                traced = f"{node.op.name} in {node.path!r}" if node else "nothing more"
+                raise GraphError(
+                    f"observe: the model computed {op.name} in {path!r} where the trace has "
+                    f"{traced}; its ops must not depend on the data"
+                )
+            self._add(node.output, output._data, f"the result of {op.name} in {path!r}")
             position += 1
 
-        self._statistics[self.graph.input.index].add(x)
+        self._add(self.graph.input, x, "the model's input")
         with no_grad(), recording(record):
             model(Tensor(x, copy=False))
+        if position < len(nodes):
+            raise GraphError(
+                f"observe: the model computed {position} ops where the trace has {len(nodes)}; its "
+                "ops must not depend on the data"
+            )
+
+    def _add(self, value: Value, activation: Array, what: str) -> None:
+        if value in self and activation.shape[-1:] != (self[value].channels,):
+            del self._statistics[value.index]
+        if value not in self:
+            return
+        self[value].add(activation)
+        bad = int((~self[value].finite).sum())
+        if bad:
+            raise NonFiniteError(
+                f"observe: in {what}, {bad} of {value.channels} channels are not finite, or too "
+                "large for their variance"
+            )
 
 
 def observe(model: Module, data: Iterable[Any]) -> Observer:
     """Run `model` in eval mode over `data` (batches: arrays, or tuples whose first is the input).
 
-    Raises DataError if there is no batch, GraphError if the model's ops depend on the data.
+    Raises DataError if there is no batch or an empty one, GraphError if the model's ops depend on
+    the data, NonFiniteError naming the op and its module if an activation is NaN or infinite.
     """
     observer = None
     modes = [(m, m.training) for _, m in model.named_modules()]
     model.eval()
     try:
-        for batch in data:
+        for i, batch in enumerate(data):
             x = np.asarray(batch[0] if isinstance(batch, tuple) else batch)
+            if x.ndim == 0 or x.size == 0:
+                raise DataError(f"observe: required at least one row; batch {i} has {x.shape}")
             if observer is None:
-                observer = Observer(trace(model, x[:1]))
+                observer = Observer(model, x[:1])
             observer.watch(model, x)
     finally:
         for module, mode in modes:
@@ -112,3 +172,15 @@ def observe(model: Module, data: Iterable[Any]) -> Observer:
     if observer is None:
         raise DataError("observe: required at least one batch; came none")
     return observer
+
+
+def _digest(model: Module) -> str:
+    """A hash of the module tree's classes, its parameters and its buffers."""
+    digest = hashlib.sha256()
+    for path, module in model.named_modules():
+        digest.update(repr((path, module.kind())).encode())
+    arrays = {k: p.data for k, p in model.named_parameters()} | dict(model.named_buffers())
+    for name, array in arrays.items():
+        digest.update(repr((name, array.dtype.str, array.shape)).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

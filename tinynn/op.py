@@ -7,6 +7,7 @@ against its reference twin, gradient-checked, counted and timed by code that ite
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -19,6 +20,8 @@ from tinynn.errors import ConfigError, DTypeError, ShapeError
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 Saved = tuple[Any, ...]
+
+_FLOATS = {np.dtype(np.float32), np.dtype(np.float64)}
 
 #: How channels pass through an op: `mix` (in and out independent), `same` (channel i stays i),
 #: `tie` (the inputs' channels must agree), `stack` (concatenated, with offsets), `spread` (each
@@ -43,8 +46,12 @@ class Op:
     channels: ClassVar[ChannelRule | None] = None
     #: whether `backward` takes a third argument, `needs`: for each operand, is its gradient wanted
     selective: ClassVar[bool] = False
+    #: whether operands may be integers (positions, class numbers)
+    integers: ClassVar[bool] = False
     #: kernel variants, the default one first; "reference" is the plain-loop twin
     variants: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+    #: the same for the backward rule, of ops that have a kernel for it
+    gradients: ClassVar[Mapping[str, Callable[..., Any]]] = {}
     samples: ClassVar[Callable[[], list[Sample]]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -70,7 +77,11 @@ class Op:
 
     def kernel(self) -> Callable[..., Any]:
         """The variant in force: see `use_variant`."""
-        return self.variants.get(_variant) or next(iter(self.variants.values()))
+        return self.variants.get(_mode.variant) or next(iter(self.variants.values()))
+
+    def gradient_kernel(self) -> Callable[..., Any]:
+        """The variant in force of the backward rule's kernel."""
+        return self.gradients.get(_mode.variant) or next(iter(self.gradients.values()))
 
     def reject(self, required: str, *arrays: Array) -> ShapeError:
         """The error for operands that do not fit; the caller raises it."""
@@ -80,36 +91,42 @@ class Op:
 
 registry: dict[str, type[Op]] = {}
 
-_variant = ""
+
+class _Mode(threading.local):
+    """Each thread's own switches."""
+
+    variant = ""
+
+
+_mode = _Mode()
 
 
 @contextmanager
 def use_variant(name: str) -> Iterator[None]:
-    """Run every op that has a kernel variant of this name on it, for instance "reference"."""
-    global _variant
-    before, _variant = _variant, name
+    """Run every op that has a kernel variant of this name on it, for instance "reference".
+
+    Holds for this thread. Raises ConfigError if no op has such a variant.
+    """
+    known = {v for op in registry.values() for v in (*op.variants, *op.gradients)}
+    if name not in known:
+        raise ConfigError(f"use_variant: required one of {sorted(known)}; came {name!r}")
+    before, _mode.variant = _mode.variant, name
     try:
         yield
     finally:
-        _variant = before
+        _mode.variant = before
 
 
 def check_dtypes(op: Op, arrays: tuple[Array, ...]) -> None:
-    """Raise DTypeError unless all floating operands share one dtype; integers are indices."""
-    kinds = {a.dtype for a in arrays if a.dtype.kind == "f"}
-    if len(kinds) > 1 or not kinds:
+    """Raise DTypeError unless the operands are all float32 or all float64.
+
+    Ops that say so may have integers among them.
+    """
+    floats = {a.dtype for a in arrays if a.dtype.kind == "f"}
+    others = any(a.dtype.kind != "f" for a in arrays)
+    if len(floats) != 1 or not floats <= _FLOATS or (others and not op.integers):
         came = ", ".join(str(a.dtype) for a in arrays)
-        raise DTypeError(f"{op}: required operands of one floating dtype; came {came}")
-
-
-def unbroadcast(grad: Array, shape: Shape) -> Array:
-    """Sum `grad` over the axes along which an operand of `shape` was broadcast."""
-    if grad.shape == shape:
-        return grad
-    lead = grad.ndim - len(shape)
-    stretched = tuple(i + lead for i, n in enumerate(shape) if n == 1 and grad.shape[i + lead] != 1)
-    axes = tuple(range(lead)) + stretched
-    return np.asarray(grad.sum(axis=axes, dtype=grad.dtype)).reshape(shape)
+        raise DTypeError(f"{op}: required operands all float32 or all float64; came {came}")
 
 
 def _snake(name: str) -> str:

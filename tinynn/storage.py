@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
-from tinynn.errors import FileFormatError, OutputError
+from tinynn.errors import DTypeError, FileFormatError, OutputError
 from tinynn.op import Array
 
 PathLike = str | os.PathLike[str]
 _HASH = "sha256"
+_ABANDONED_SECONDS = 600
 
 
 def write_bytes(path: PathLike, content: bytes) -> None:
@@ -33,6 +35,7 @@ def write_bytes(path: PathLike, content: bytes) -> None:
     """
     target = Path(path)
     temporary = None
+    _remove_abandoned(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
@@ -44,12 +47,13 @@ def write_bytes(path: PathLike, content: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # a temporary file is private, a result is not
         os.replace(temporary, target)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
         raise OutputError(
-            error.errno, f"cannot write {target} ({error.strerror}); nothing was changed there"
+            number, f"cannot write {target} ({reason}); nothing was changed there"
         ) from error
 
 
@@ -65,7 +69,11 @@ def write_tensors(
     """Write named arrays and text metadata as one safetensors file, atomically."""
     arrays = {name: np.array(a, order="C") for name, a in tensors.items()}
     text = {**metadata, _HASH: _digest(arrays, metadata)}
-    write_bytes(path, to_safetensors(arrays, text))
+    try:
+        content = to_safetensors(arrays, text)
+    except (SafetensorError, KeyError) as error:
+        raise DTypeError(f"cannot write {path}: {error}") from error
+    write_bytes(path, content)
 
 
 def read_tensors(path: PathLike) -> tuple[dict[str, Array], dict[str, str]]:
@@ -125,6 +133,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what a process that was killed while it wrote `target` left behind."""
+    with contextlib.suppress(OSError, ValueError):
+        for file in target.parent.glob(f".{target.name}.*"):
+            if time.time() - file.stat().st_mtime > _ABANDONED_SECONDS:
+                file.unlink()
 
 
 def _umask() -> int:

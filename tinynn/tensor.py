@@ -7,6 +7,8 @@ old values as stale, so that a later `backward` refuses instead of using the wro
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,9 +25,17 @@ Recorder = Callable[[Op, "tuple[Tensor, ...]", "Tensor"], None]
 #: The public functions of `tinynn.ops` by name; that package fills it when it is imported.
 functions: dict[str, Callable[..., Tensor]] = {}
 
-_grad_enabled = True
-_recorder: Recorder | None = None
-_count = 0  # of ops recorded so far: an op is always younger than those that made its inputs
+_ages = itertools.count(1)  # an op is always younger than those that made its inputs
+
+
+class _Mode(threading.local):
+    """Each thread's own switches: see `no_grad` and `recording`."""
+
+    grad = True
+    recorder: Recorder | None = None
+
+
+_mode = _Mode()
 
 
 class Node:
@@ -34,9 +44,7 @@ class Node:
     __slots__ = ("index", "inputs", "op", "saved", "versions")
 
     def __init__(self, op: Op, inputs: tuple[Tensor, ...], output: Tensor, saved: Saved) -> None:
-        global _count
-        _count += 1
-        self.index = _count
+        self.index = next(_ages)
         self.op = op
         self.inputs = inputs
         self.saved: Saved | None = saved
@@ -112,10 +120,13 @@ class Tensor:
 
     @grad.setter
     def grad(self, value: Array | None) -> None:
-        if value is not None and (value.shape, value.dtype) != (self.shape, self.dtype):
-            raise ShapeError(
-                f"grad: required shape {self.shape} {self.dtype}; came {value.shape} {value.dtype}"
-            )
+        if value is not None:
+            value = np.array(value)
+            if (value.shape, value.dtype) != (self.shape, self.dtype):
+                raise ShapeError(
+                    f"grad: required {self.dtype} of shape {self.shape}; came {value.dtype} of "
+                    f"shape {value.shape}"
+                )
         self._grad = value
 
     @property
@@ -161,7 +172,10 @@ class Tensor:
         return out
 
     def mutate(self) -> Array:
-        """The array itself, to write into. Graphs that still need the old values become stale."""
+        """The array itself, to write into at once: graphs that need its old values become stale.
+
+        Ask again for every change: what is written later through a kept array goes unnoticed.
+        """
         self._version[0] += 1
         return self._data
 
@@ -190,26 +204,35 @@ class Tensor:
                 continue
             for operand, g in zip(node.inputs, node.gradients(upstream), strict=True):
                 if g is not None and operand.requires_grad:
+                    g = np.asarray(g)  # arithmetic on arrays without axes gives scalars
                     so_far = pending.get(id(operand))
-                    pending[id(operand)] = g if so_far is None else so_far + g
+                    pending[id(operand)] = g if so_far is None else np.asarray(so_far + g)
             if not retain:
                 node.saved = None
 
     def _accumulate(self, grad: Array) -> None:
         if grad.shape != self.shape:
             raise ShapeError(f"gradient of shape {grad.shape} reached a leaf of {self.shape}")
-        self._grad = grad if self._grad is None else self._grad + grad
+        self._grad = grad if self._grad is None else np.asarray(self._grad + grad)
 
     __add__, __radd__ = _method("add"), _method("add", swap=True)
     __sub__, __rsub__ = _method("sub"), _method("sub", swap=True)
     __mul__, __rmul__ = _method("mul"), _method("mul", swap=True)
     __truediv__, __rtruediv__ = _method("div"), _method("div", swap=True)
-    __pow__, __matmul__, __neg__ = _method("power"), _method("matmul"), _method("neg")
+    __matmul__, __rmatmul__ = _method("matmul"), _method("matmul", swap=True)
+    __pow__, __rpow__, __neg__ = _method("power"), _method("power", swap=True), _method("neg")
     __abs__, __getitem__ = _method("absolute"), _method("index")
     exp, log, sqrt, tanh = _method("exp"), _method("log"), _method("sqrt"), _method("tanh")
     relu, sigmoid, softmax = _method("relu"), _method("sigmoid"), _method("softmax")
     sum, mean, var, max = _method("sum"), _method("mean"), _method("var"), _method("max")
     reshape, transpose = _method("reshape"), _method("transpose")
+
+    def __bool__(self) -> bool:
+        return bool(self._data)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """The values without their history, as a leaf."""
+        return Tensor(self._data, requires_grad=self.requires_grad)
 
     def __repr__(self) -> str:
         made = f", made by {self._node.op}" if self._node else ""
@@ -231,34 +254,32 @@ def run(op: Op, *inputs: Tensor) -> tuple[Tensor, Saved]:
         for t in inputs:
             if _owner(result) is _owner(t._data):
                 out._version = t._version
-    if _grad_enabled and any(t.requires_grad for t in inputs):
+    if _mode.grad and any(t.requires_grad for t in inputs):
         out.requires_grad = True
         out._node = Node(op, inputs, out, saved)
-    if _recorder is not None:
-        _recorder(op, inputs, out)
+    if _mode.recorder is not None:
+        _mode.recorder(op, inputs, out)
     return out, saved
 
 
 @contextmanager
 def no_grad() -> Iterator[None]:
-    """Compute without a tape: nothing is saved and results require no gradient."""
-    global _grad_enabled
-    before, _grad_enabled = _grad_enabled, False
+    """Compute without a tape, in this thread: nothing is saved, results need no gradient."""
+    before, _mode.grad = _mode.grad, False
     try:
         yield
     finally:
-        _grad_enabled = before
+        _mode.grad = before
 
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Call `recorder(op, inputs, output)` after every op applied inside the block."""
-    global _recorder
-    before, _recorder = _recorder, recorder
+    """Call `recorder(op, inputs, output)` after every op that this thread applies in the block."""
+    before, _mode.recorder = _mode.recorder, recorder
     try:
         yield
     finally:
-        _recorder = before
+        _mode.recorder = before
 
 
 def newest_first(root: Tensor) -> list[Tensor]:
@@ -280,6 +301,5 @@ def _owner(array: Array) -> object:
 
 
 def _read_only(array: Array) -> Array:
-    view = array.view()
-    view.flags.writeable = False
-    return view
+    # through a memoryview: a plain view could be made writable again
+    return np.asarray(memoryview(array).toreadonly())

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import numpy as np
 from tqdm import tqdm
 
 from tinynn.checkpoint import Progress, exists, load_checkpoint, save_checkpoint
-from tinynn.diagnose import find_non_finite
-from tinynn.errors import ConfigError, DataError, NonFiniteError, OutputError
-from tinynn.nn.module import Module
+from tinynn.diagnose import find_non_finite, require_finite
+from tinynn.errors import ConfigError, DataError, NonFiniteError, OutputError, ShapeError
+from tinynn.nn.module import Module, mode
 from tinynn.optim import Optimizer, clip_gradients
 from tinynn.schedule import Constant, Schedule
-from tinynn.storage import PathLike
+from tinynn.storage import PathLike, write_bytes
 from tinynn.tensor import Tensor, no_grad
 
 Loss = Callable[[Tensor, Any], Tensor]
@@ -60,7 +61,7 @@ class Converged:
         if len(losses) <= self.window:
             return False
         before, recent = min(losses[: -self.window]), min(losses[-self.window :])
-        return recent > before * (1 - self.tolerance)
+        return recent >= before - self.tolerance * abs(before)
 
 
 #: The default test for "trained to convergence".
@@ -90,19 +91,28 @@ def fit(
     `data` yields (x, y) batches and may be iterated once an epoch. Training ends after `epochs`
     epochs or `steps` optimiser steps in all (then the last epoch is a part of one), or when
     `until(history)` is true at the end of an epoch; one of the three must be given. `schedule`
-    gives each step's learning rate from the optimiser's own. `log` is a file to which each epoch's
-    record is appended as a line of JSON. `progress` shows a bar: by default only on a terminal.
+    gives each step's learning rate from the optimiser's own. `log` is a file that is begun anew,
+    unless a training is resumed, and gets each epoch's record as a line of JSON. `progress` shows
+    a bar: by default only on a terminal.
 
     With `checkpoint`, the state is saved after every epoch, at least every `checkpoint_seconds`,
     and on Ctrl-C, which then ends the training after the step under way; `resume=True` continues
     from that file, if it exists, and gives the same bits as a training that was never interrupted.
 
     Raises NonFiniteError with the step and the first op that made it when the loss is NaN or
-    infinite; the model then has the parameters of the step before. Raises DataError for data
+    infinite, or when an update made a parameter so; nothing of that goes into the checkpoint.
+    Raises ConfigError for an optimiser of other parameters than the model's, DataError for data
     without batches, OutputError where a file cannot be written.
     """
     if epochs is None and steps is None and until is None:
         raise ConfigError("fit: required epochs, steps or until; came none of them")
+    if min(epochs or 0, steps or 0) < 0:
+        raise ConfigError(f"fit: required epochs and steps >= 0; came {epochs} and {steps}")
+    if not {id(p) for p in optimizer.params} <= {id(p) for p in model.parameters()}:
+        raise ConfigError(
+            "fit: the optimiser holds parameters that are not the model's; make a new one from "
+            "model.parameters() (pruning and copying give new parameters)"
+        )
     last_epoch = math.inf if epochs is None else epochs
     last_step = math.inf if steps is None else steps
     schedule = schedule or Constant()
@@ -112,32 +122,32 @@ def fit(
         assert checkpoint is not None
         at, history.records = load_checkpoint(checkpoint, model, optimizer, schedule, data)
     if log is not None:
-        _start(Path(log), history.records)
+        write_bytes(log, "".join(json.dumps(r) + "\n" for r in history.records).encode())
 
     def save() -> None:
-        optimizer.lr = base_lr
+        _require_finite_parameters(model, at.step)
         if checkpoint is not None:
+            optimizer.lr = base_lr
             save_checkpoint(checkpoint, model, optimizer, schedule, data, at, history.records)
 
-    was_training = model.training
-    model.train()
+    optimizer.zero_grad()
     finished = bool(history.records) and until is not None and at.batches == 0 and until(history)
-    try:
-        with _interruptible(checkpoint is not None) as interrupted:
-            saved = time.monotonic()
+    with mode(model, True), _interruptible(checkpoint is not None) as interrupted:
+        saved = time.monotonic()
+        try:
             while not finished and at.epoch < last_epoch and at.step < last_step:
                 began = time.monotonic()
-                for x, y in _bar(data, at, history, progress):
+                for x, y in _bar(_rest(data, at), at, history, progress):
                     optimizer.lr = schedule.lr(at.step, base_lr)
                     value = _step(model, x, y, loss, optimizer, clip_norm, at.step)
                     at.step, at.batches, at.total = at.step + 1, at.batches + 1, at.total + value
                     if interrupted() or time.monotonic() - saved > checkpoint_seconds:
                         save()
                         saved = time.monotonic()
-                        if interrupted():
-                            raise KeyboardInterrupt(f"stopped by the user at step {at.step}")
-                    if at.step >= last_step:
+                    if interrupted() or at.step >= last_step:
                         break
+                if interrupted():
+                    break
                 record = _close_epoch(at, optimizer.lr, time.monotonic() - began)
                 if validation is not None:
                     record["validation"] = evaluate(model, validation, loss)
@@ -147,22 +157,23 @@ def fit(
                 save()
                 if log is not None:
                     _append(Path(log), record)
-    finally:
-        optimizer.lr = base_lr
-        model.train(was_training)
+        finally:
+            optimizer.lr = base_lr
+            if hasattr(data, "restart"):
+                data.restart()
+        if interrupted():
+            raise KeyboardInterrupt(f"stopped by the user at step {at.step}")
     return history
 
 
 def evaluate(model: Module, data: Iterable[Any], loss: Loss) -> float:
     """The mean loss over all rows of `data`, in eval mode and without a tape."""
-    was_training = model.training
-    model.eval()
     total, rows = 0.0, 0
-    with no_grad():
+    with mode(model, False), no_grad():
         for x, y in data:
-            total += loss(model(Tensor(x, copy=False)), _target(y)).item() * len(x)
-            rows += len(x)
-    model.train(was_training)
+            result = loss(model(Tensor(x, copy=False)), _target(y))
+            require_finite(result, "evaluate: the loss")
+            total, rows = total + result.item() * len(x), rows + len(x)
     if not rows:
         raise DataError("evaluate: required at least one row; came none")
     return total / rows
@@ -179,9 +190,13 @@ def _step(
 ) -> float:
     """One step of training: forward, backward, update. Returns the loss before the update."""
     result = loss(model(Tensor(x, copy=False)), _target(y))
+    if result.size != 1:
+        raise ShapeError(f"fit: required a loss of one number; came shape {result.shape}")
     value = result.item()
     if not math.isfinite(value):
-        _report_non_finite(model, result, step)
+        _require_finite_parameters(model, step)
+        source = find_non_finite(result)
+        raise NonFiniteError(f"fit: step {step}: the loss is {value}; first made by {source}")
     result.backward()
     if clip_norm is not None:
         clip_gradients(optimizer.params, norm=clip_norm)
@@ -195,16 +210,20 @@ def _target(y: Any) -> Any:
     return Tensor(y, copy=False) if isinstance(y, np.ndarray) and y.dtype.kind == "f" else y
 
 
-def _report_non_finite(model: Module, result: Tensor, step: int) -> None:
+def _require_finite_parameters(model: Module, step: int) -> None:
     for name, p in model.named_parameters():
         if not np.isfinite(p._data).all():
             raise NonFiniteError(
-                f"fit: step {step}: the loss is {result.item()}: parameter {name} was made "
-                f"non-finite by the update of step {step - 1} (is the learning rate too large?)"
+                f"fit: step {step}: parameter {name} was made NaN or infinite by the update of "
+                f"step {step - 1} (is the learning rate too large?)"
             )
-    raise NonFiniteError(
-        f"fit: step {step}: the loss is {result.item()}; first made by {find_non_finite(result)}"
-    )
+
+
+def _rest(data: Iterable[Any], at: Progress) -> Iterable[Any]:
+    """What is left of the epoch: Batches know it themselves, from others the head is skipped."""
+    if at.batches and not hasattr(data, "load_state_dict"):
+        return islice(data, at.batches, None)
+    return data
 
 
 def _close_epoch(at: Progress, lr: float, seconds: float) -> dict[str, Any]:
@@ -264,15 +283,6 @@ def _interruptible(enabled: bool) -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _start(log: Path, records: list[dict[str, Any]]) -> None:
-    """Begin the log with the records of the training that is resumed, if any."""
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(json.dumps(r) + "\n" for r in records))
-    except OSError as error:
-        raise OutputError(error.errno, f"cannot write the log {log} ({error.strerror})") from error
 
 
 def _append(log: Path, record: dict[str, Any]) -> None:

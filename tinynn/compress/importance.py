@@ -2,7 +2,8 @@
 
 Every function here takes (group, observer, parameters by path) and returns scores in which larger
 means more important; `select` decides which scores stay. A group that several layers read is judged
-by the reader that needs the channel most.
+by the reader that needs the channel most, one that none reads by what it computes last. A group of
+which nothing was observed has no activations: PruneError.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from tinynn.errors import ConfigError
+from tinynn.errors import ConfigError, PruneError
 from tinynn.graph import Group
-from tinynn.observe import Observer
+from tinynn.observe import Observer, Statistics
 from tinynn.op import Array
 
 Importance = Callable[[Group, Observer, Mapping[str, Array]], Array]
@@ -21,17 +22,17 @@ Importance = Callable[[Group, Observer, Mapping[str, Array]], Array]
 
 def activation_count(group: Group, seen: Observer, parameters: Mapping[str, Array]) -> Array:
     """On how many samples the channel was above zero (Çallı 2017, section 2.1.3)."""
-    return np.max([seen[r.value].count for r in group.readers], axis=0)
+    return np.max([s.count for s in _watched(group, seen)], axis=0)
 
 
 def activation_rate(group: Group, seen: Observer, parameters: Mapping[str, Array]) -> Array:
     """On which share of the samples the channel was above zero."""
-    return np.max([seen[r.value].rate for r in group.readers], axis=0)
+    return np.max([s.rate for s in _watched(group, seen)], axis=0)
 
 
 def activation_variance(group: Group, seen: Observer, parameters: Mapping[str, Array]) -> Array:
     """The variance of the channel over the samples (Çallı 2017, section 2.1.3)."""
-    return np.max([seen[r.value].variance for r in group.readers], axis=0)
+    return np.max([s.variance for s in _watched(group, seen)], axis=0)
 
 
 def l1(group: Group, seen: Observer, parameters: Mapping[str, Array]) -> Array:
@@ -66,6 +67,14 @@ def by_name(name: str, rng: np.random.Generator) -> Importance:
     if name not in known:
         raise ConfigError(f"importance: required one of {sorted(known)}; came {name!r}")
     return known[name]
+
+
+def _watched(group: Group, seen: Observer) -> list[Statistics]:
+    read = [r.value for r in group.readers] or group.values[-1:]
+    found = [seen[v] for v in read if v in seen and v.channels == group.size]
+    if not found:
+        raise PruneError(f"importance: nothing was observed of the channels of {group.name}")
+    return found
 
 
 def _norm(group: Group, parameters: Mapping[str, Array], order: int) -> Array:

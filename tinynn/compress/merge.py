@@ -4,17 +4,22 @@ A ReLU node that was on for every sample has not been a nonlinearity on these da
 such nodes of a layer compute an affine function of the layer's input, x @ M + c with
 M = W1[:, on] @ W2[on] and c = b1[on] @ W2[on], whose rank is at most min(m_in, m_out): that many
 nodes can say the same. It is the other end of the activation count, whose lower end is pruned.
+
+Layers are treated from the last to the first: a merge needs the statistics of the layer's input and
+its own columns as they were observed, and changes neither those of the layers before it nor, on the
+data, what the layers after it see.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from tinynn.compress.prune import rebuilt
 from tinynn.errors import ConfigError
-from tinynn.graph import Graph, Group, Node
+from tinynn.graph import Group, Node
 from tinynn.nn.module import Module
 from tinynn.observe import Observer
 from tinynn.op import Array
@@ -41,14 +46,22 @@ def affine(
     observed, up to rounding: the new nodes have biases that keep them on there with `margin` to
     spare. Singular values below `tolerance` times the largest (or below it absolutely) are
     dropped. Weights are balanced: the norms of what goes into a new node and out of it are equal.
+    Always-on nodes that are already as few as they can be are put into this form, too.
 
     Hidden layers without biases on both sides, with other nonlinearities than ReLU, or tied to
-    other layers are left as they are, and so is one whose always-on nodes are already as few.
+    other layers are left as they are.
+
+    Raises PruneError if `seen` was observed on another model or before this one changed,
+    ConfigError for a margin or tolerance out of range.
     """
-    if not margin > 0:
-        raise ConfigError(f"merge.affine: required margin > 0; came {margin}")
+    if not 0 < margin < math.inf or not 0 <= tolerance < math.inf:
+        raise ConfigError(
+            "merge.affine: required a finite margin > 0 and a finite tolerance >= 0; came "
+            f"{margin} and {tolerance}"
+        )
+    seen.require(model, "merge.affine")
     arrays = {name: p.numpy() for name, p in model.named_parameters()}
-    for hidden in _hidden_layers(seen.graph):
+    for hidden in reversed(_hidden_layers(seen)):
         on = seen[hidden.group.readers[0].value]
         always = on.count == on.samples
         if always.any():
@@ -89,8 +102,12 @@ def _replace(
         arrays[name] = np.ascontiguousarray(array.astype(arrays[name].dtype))
 
 
-def _hidden_layers(graph: Graph) -> list[_Hidden]:
-    """Groups of the form linear, ReLU (fused or not), linear, with nothing else attached."""
+def _hidden_layers(seen: Observer) -> list[_Hidden]:
+    """Groups of the form linear, ReLU (fused or not), linear, with nothing else attached.
+
+    They come in the order in which the network computes them.
+    """
+    graph = seen.graph
     makers = {node.output.index: node for node in graph.nodes}
     found = []
     for group in graph.groups():
@@ -108,4 +125,4 @@ def _hidden_layers(graph: Graph) -> list[_Hidden]:
         if len(group.values) == (2 if rectified else 1):
             w1, b1 = names
             found.append(_Hidden(group, w1, b1, reader.weight.name, reader.bias, maker))
-    return found
+    return sorted(found, key=lambda hidden: hidden.maker.output.index)

@@ -14,7 +14,7 @@ import numpy as np
 from tinynn.compress.importance import Importance
 from tinynn.compress.select import Selection
 from tinynn.errors import ConfigError, PruneError
-from tinynn.graph import Group
+from tinynn.graph import Group, Value
 from tinynn.nn.module import Module, Parameter
 from tinynn.observe import Observer
 from tinynn.op import Array
@@ -37,11 +37,13 @@ def channels(
     observed data stays exactly the same; with "mean" every removed channel leaves its mean, an
     approximation; with "none" nothing is left.
 
-    Raises PruneError if no group can be pruned, if a layer would lose all its channels, or if a
-    constant other than zero has no bias to go to.
+    Raises PruneError if `seen` was observed on another model or before this one changed, if no
+    group can be pruned, if scores are NaN or not one a channel, if a layer would lose all its
+    channels, or if a constant other than zero has no bias to go to.
     """
     if fold not in ("constant", "mean", "none"):
         raise ConfigError(f"prune.channels: fold is 'constant', 'mean' or 'none'; came {fold!r}")
+    seen.require(model, "prune.channels")
     parameters = {name: np.array(p.data) for name, p in model.named_parameters()}
     groups = seen.graph.groups()
     prunable = [g for g in groups if not g.fixed]
@@ -49,9 +51,18 @@ def channels(
         reasons = "; ".join(f"{g.name}: {g.fixed}" for g in groups)
         raise PruneError(f"prune.channels: no group of channels can be pruned ({reasons})")
     for group in prunable:
-        _require_match(group, parameters)
-        scores = importance(group, seen, parameters)
+        scores = np.asarray(importance(group, seen, parameters))
+        if scores.shape != (group.size,) or np.isnan(scores).any():
+            raise PruneError(
+                f"prune.channels: required {group.size} scores for the channels of {group.name}, "
+                f"none of them NaN; came {scores}"
+            )
         keep = np.asarray(select(scores), bool)
+        if keep.shape != scores.shape:
+            raise PruneError(
+                f"prune.channels: required one decision for each of {group.size} channels of "
+                f"{group.name}; came shape {keep.shape}"
+            )
         if not keep.any():
             raise PruneError(
                 f"prune.channels: all {group.size} channels of {group.name} would go (scores from "
@@ -63,9 +74,16 @@ def channels(
 
 
 def rebuilt(model: Module, arrays: Mapping[str, Array]) -> Module:
-    """A copy of `model` whose parameters, by dotted path, are these arrays of whatever size."""
+    """A copy of `model` whose parameters, by dotted path, are these arrays of whatever size.
+
+    Parameters that are not trained stay so.
+    """
     out = model.copy()
-    new = {id(p): Parameter(arrays[name], copy=False) for name, p in out.named_parameters()}
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    new: dict[int, Parameter] = {}
+    for name, old in out.named_parameters():
+        new[id(old)] = Parameter(arrays[name], copy=False)
+        new[id(old)].requires_grad = trained[name]
     for _, module in out.named_modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, Parameter):
@@ -89,26 +107,15 @@ def _remove(
             bias = parameters[reader.bias]
             shift = np.tensordot(left, weight.astype(np.float64), axes=1)
             parameters[reader.bias] = (bias + shift).astype(bias.dtype)
-    for member in [*group.writers, *(r.weight for r in group.readers)]:
+    for member in group.members:
         shorter = np.compress(keep, parameters[member.name], axis=member.axis)
         parameters[member.name] = np.ascontiguousarray(shorter)
 
 
-def _left_behind(seen: Observer, value: object, keep: Array, fold: Fold) -> Array:
+def _left_behind(seen: Observer, value: Value, keep: Array, fold: Fold) -> Array:
     """What each removed channel adds to its readers for ever; zero for those that stay."""
-    statistics = seen[value]  # type: ignore[index]
+    statistics = seen[value]
     if fold == "none":
         return np.zeros(len(keep))
     gone = ~keep if fold == "mean" else ~keep & statistics.constant
     return np.where(gone, np.where(statistics.constant, statistics.low, statistics.mean), 0.0)
-
-
-def _require_match(group: Group, parameters: Mapping[str, Array]) -> None:
-    for member in [*group.writers, *(r.weight for r in group.readers)]:
-        array = parameters.get(member.name)
-        if array is None or array.shape[member.axis] != group.size:
-            came = "no such parameter" if array is None else f"shape {array.shape}"
-            raise PruneError(
-                f"prune.channels: what was observed does not fit this model: {member.name} needs "
-                f"{group.size} channels on axis {member.axis}; came {came}; observe it again"
-            )

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinynn import init, ops
-from tinynn.errors import ConfigError, ShapeError
+from tinynn.errors import ConfigError, DTypeError, ShapeError
 from tinynn.nn.module import Module, Parameter
 from tinynn.op import Array
 from tinynn.tensor import Tensor
@@ -32,16 +32,19 @@ class Linear(Module):
         rng: np.random.Generator,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
-        if m_in < 1 or m_out < 1:
-            raise ConfigError(f"Linear: required sizes >= 1; came {m_in} and {m_out}")
+        if not all(isinstance(m, int | np.integer) and m >= 1 for m in (m_in, m_out)):
+            raise ConfigError(f"Linear: required whole sizes >= 1; came {m_in} and {m_out}")
         self.weight = Parameter(weight_init((m_in, m_out), rng, dtype), copy=False)
         self.bias = Parameter(bias_init((m_out,), rng, dtype), copy=False) if bias else None
 
     def check(self) -> None:
-        """Raise ShapeError unless the bias fits the weights."""
-        shape = None if self.bias is None else self.bias.shape
-        if self.weight.ndim != 2 or (shape is not None and shape != self.weight.shape[1:]):
-            raise ShapeError(f"Linear: weight {self.weight.shape} and bias {shape} do not fit")
+        """Raise ShapeError or DTypeError unless weights and bias are parameters that fit."""
+        parts = [p for p in (self.weight, self.bias) if p is not None]
+        if not all(isinstance(p, Parameter) for p in parts) or len({p.dtype for p in parts}) > 1:
+            raise DTypeError(f"Linear: required parameters of one dtype; came {parts}")
+        shapes = [p.shape for p in parts]
+        if self.weight.ndim != 2 or shapes[1:] not in ([], [self.weight.shape[1:]]):
+            raise ShapeError(f"Linear: required weight (K, N) and bias (N,); came {shapes}")
 
     def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
         return ops.linear(x, self.weight, self.bias, relu=relu)
@@ -53,6 +56,8 @@ class Linear(Module):
 
 class ReLU(Module):
     """max(x, 0)."""
+
+    is_relu = True
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.relu(x)

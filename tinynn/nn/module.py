@@ -7,7 +7,10 @@ values (numbers, text, a random generator) are the module's configuration.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
 
@@ -20,8 +23,20 @@ from tinynn.tensor import Tensor
 
 Self = TypeVar("Self", bound="Module")
 
-#: Modules whose forward is running now, outermost first: a trace reads it to name the ops' places.
-running: list[Module] = []
+
+class _Running(threading.local):
+    """Modules whose forward is running in this thread, outermost first."""
+
+    def __init__(self) -> None:
+        self.modules: list[Module] = []
+
+
+_running = _Running()
+
+
+def running_module() -> Module | None:
+    """The innermost module whose forward is running: a trace names the ops' places by it."""
+    return _running.modules[-1] if _running.modules else None
 
 
 class Parameter(Tensor):
@@ -33,7 +48,13 @@ class Parameter(Tensor):
         super().__init__(values, requires_grad=True, copy=copy)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
-        return Parameter(self._data)
+        return self.like(self._data)
+
+    def like(self, values: npt.ArrayLike) -> Parameter:
+        """A parameter with other values that is trained or frozen as this one is."""
+        out = Parameter(values)
+        out.requires_grad = self.requires_grad
+        return out
 
 
 class Module:
@@ -41,8 +62,10 @@ class Module:
 
     #: every Module class by name, so that a saved model can be built again: see `kind`
     registry: ClassVar[dict[str, type[Module]]] = {}
-    #: whether `forward` takes `relu=True` and applies a following ReLU in the same pass
+    #: whether `forward` takes `relu=True` and then applies a ReLU in the same pass
     rectifies: ClassVar[bool] = False
+    #: whether `forward` is a ReLU and nothing else, so that a module before it may take it over
+    is_relu: ClassVar[bool] = False
 
     training: bool = True
 
@@ -64,17 +87,22 @@ class Module:
         """Raise unless the parts fit together; called for whatever is loaded from a file."""
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        running.append(self)
+        _running.modules.append(self)
         try:
             return self.forward(*inputs, **kwargs)
         finally:
-            running.pop()
+            _running.modules.pop()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, list | tuple) and any(isinstance(v, Module | Tensor) for v in value):
+        if _hides_parts(value):
             raise ConfigError(
-                f"{type(self).__name__}.{name}: modules in a plain list are not found by the tree "
-                "walk; put them in a Sequential or give each a name"
+                f"{type(self).__name__}.{name}: modules and parameters in a {type(value).__name__} "
+                "are not found by the tree walk; put them in a Sequential or give each a name"
+            )
+        if isinstance(value, Tensor) and value.requires_grad and not isinstance(value, Parameter):
+            raise ConfigError(
+                f"{type(self).__name__}.{name}: a Tensor that requires a gradient is trained only "
+                "as a Parameter"
             )
         super().__setattr__(name, value)
 
@@ -170,7 +198,7 @@ class Module:
         for _, module in out.named_modules():
             for name, value in list(vars(module).items()):
                 if isinstance(value, Parameter):
-                    setattr(module, name, Parameter(value._data.astype(dtype)))
+                    setattr(module, name, value.like(value._data.astype(dtype)))
                 elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
                     setattr(module, name, value.astype(dtype))
         return out
@@ -194,18 +222,25 @@ class Sequential(Module):
 
     def __init__(self, *modules: Module, **named: Module) -> None:
         for name, module in [*((str(i), m) for i, m in enumerate(modules)), *named.items()]:
-            if not isinstance(module, Module):
-                raise ConfigError(f"Sequential: required modules; came {module!r} as {name!r}")
+            if not isinstance(module, Module) or name in vars(self):
+                raise ConfigError(
+                    f"Sequential: required modules of different names; came {module!r} as {name!r}"
+                )
             setattr(self, name, module)
 
+    def check(self) -> None:
+        """Raise ConfigError unless every part is a module."""
+        if wrong := {k for k, v in vars(self).items() if not isinstance(v, Module)} - {"training"}:
+            raise ConfigError(f"Sequential: parts that are no modules: {sorted(wrong)}")
+
     def forward(self, x: Any) -> Any:
-        layers = [*self, None]
+        layers: list[Module | None] = [*self, None]
         skip = False
         for layer, following in pairwise(layers):
             if skip:
                 skip = False
-            elif layer is not None and layer.rectifies and type(following).__name__ == "ReLU":
-                x, skip = layer(x, relu=True), True
+            elif _says(layer, "rectifies") and _says(following, "is_relu"):
+                x, skip = layer(x, relu=True), True  # type: ignore[misc]
             elif layer is not None:
                 x = layer(x)
         return x
@@ -218,3 +253,40 @@ class Sequential(Module):
 
     def __getitem__(self, position: int) -> Module:
         return list(self)[position]
+
+
+@contextmanager
+def mode(model: Module, training: bool) -> Iterator[None]:
+    """The model in training or eval mode; every module has its own mode back afterwards."""
+    before = [(m, m.training) for _, m in model.named_modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was in before:
+            module.training = was
+
+
+def _says(module: Module | None, flag: str) -> bool:
+    """Whether the class that defines the module's forward sets this flag.
+
+    A subclass with a forward of its own, or an instance with a hook in its place, does not inherit
+    what the flag says of the original.
+    """
+    if module is None or "forward" in vars(module):
+        return False
+    return _class_says(type(module), flag)
+
+
+@cache
+def _class_says(kind: type[Module], flag: str) -> bool:
+    owner = next(c for c in kind.__mro__ if "forward" in vars(c))
+    return bool(vars(owner).get(flag, False))
+
+
+def _hides_parts(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, list | tuple | set):
+        return False
+    return any(isinstance(v, Module | Tensor) or _hides_parts(v) for v in value)

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from tinynn.errors import ConfigError, FileFormatError, TinynnError
+from tinynn.generators import from_state, generator_state
 from tinynn.nn.module import Module, Parameter
 from tinynn.op import Array
 from tinynn.storage import PathLike, parse_json, read_tensors, write_tensors
 
 _FORMAT = "1"
 _DEEPEST = 64  #: levels of modules; real models have fewer than ten
-_GENERATORS = {"PCG64": np.random.PCG64, "PCG64DXSM": np.random.PCG64DXSM}
 
 
 def save(path: PathLike, model: Module) -> None:
@@ -39,9 +39,20 @@ def load(path: PathLike) -> Module:
     return build(metadata["model"], arrays, str(path))
 
 
-def describe(model: Module) -> str:
-    """The module tree as JSON."""
-    return json.dumps(_describe(model, "", {}))
+def describe(model: Module, *, states: bool = True) -> str:
+    """The module tree as JSON; without `states`, random generators are only named.
+
+    Raises ConfigError for an attribute that is none of module, parameter, array of numbers,
+    generator, number, text, None or tuple of those, or for a module inside itself.
+    """
+    try:
+        return json.dumps(_describe(model, "", {}, states))
+    except RecursionError:
+        raise ConfigError(f"{type(model).__name__}: a module contains itself") from None
+    except (TypeError, ValueError) as error:
+        if isinstance(error, TinynnError):
+            raise
+        raise ConfigError(f"{type(model).__name__}: cannot save: {error}") from error
 
 
 def build(description: str, arrays: dict[str, Array], where: str) -> Module:
@@ -58,22 +69,23 @@ def build(description: str, arrays: dict[str, Array], where: str) -> Module:
     return model.eval()
 
 
-def _describe(module: Module, path: str, names: dict[int, str]) -> dict[str, Any]:
-    """`names` maps shared parameters and generators to the path where they came first."""
+def _describe(module: Module, path: str, names: dict[int, str], states: bool) -> dict[str, Any]:
+    """`names` maps shared parameters, buffers and generators to the path where they came first."""
     parts: list[list[Any]] = []
     for name, value in vars(module).items():
         full = f"{path}.{name}" if path else name
         if name == "training":
             continue
         if isinstance(value, Module):
-            parts.append([name, "module", _describe(value, full, names)])
+            parts.append([name, "module", _describe(value, full, names, states)])
         elif isinstance(value, Parameter):
-            parts.append([name, "parameter", names.setdefault(id(value), full)])
-        elif isinstance(value, np.ndarray):
-            parts.append([name, "buffer", full])
+            what = "parameter" if value.requires_grad else "frozen"
+            parts.append([name, what, names.setdefault(id(value), full)])
+        elif isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+            parts.append([name, "buffer", names.setdefault(id(value), full)])
         elif isinstance(value, np.random.Generator):
-            first = names.setdefault(id(value), full)
-            parts.append([name, "generator", {**value.bit_generator.state, "path": first}])
+            state = generator_state(value) if states else None
+            parts.append([name, "generator", [names.setdefault(id(value), full), state]])
         elif value is None or isinstance(value, bool | int | float | str):
             parts.append([name, "value", value])
         elif isinstance(value, tuple):
@@ -104,7 +116,8 @@ class _Builder:
         for name, what, value in tree["parts"]:
             if not isinstance(name, str) or not (name.isidentifier() or name.isdigit()):
                 raise FileFormatError(f"{self.where}: {name!r} is no attribute name")
-            if name.startswith("_") or callable(getattr(kind, name, None)):
+            shadows = hasattr(Module, name) or callable(getattr(kind, name, None))
+            if name.startswith("_") or shadows or isinstance(vars(kind).get(name), property):
                 raise FileFormatError(f"{self.where}: {tree['kind']}.{name} is reserved")
             setattr(module, name, self.part(what, value, depth))
         module.check()
@@ -113,15 +126,17 @@ class _Builder:
     def part(self, what: str, value: Any, depth: int) -> Any:
         if what == "module":
             return self.module(value, depth + 1)
-        if what == "parameter":
-            if value not in self.values:
-                self.values[value] = Parameter(self.array(value))
-            return self.values[value]
+        if what in ("parameter", "frozen"):
+            parameter = self.values.setdefault(value, Parameter(self.array(value)))
+            if not isinstance(parameter, Parameter):
+                raise FileFormatError(f"{self.where}: {value!r} is a parameter and a buffer")
+            parameter.requires_grad = what == "parameter"
+            return parameter
         if what == "buffer":
-            self.values[value] = self.array(value)
-            return self.values[value]
+            return self.values.setdefault(value, self.array(value))
         if what == "generator":
-            return self.generators.setdefault(value.pop("path"), _generator(value))
+            path, state = value
+            return self.generators.setdefault(path, from_state(state))
         if what == "tuple" and isinstance(value, list):
             return _as_tuple(value)
         if what == "value" and (value is None or isinstance(value, bool | int | float | str)):
@@ -132,12 +147,6 @@ class _Builder:
         if name not in self.arrays:
             raise FileFormatError(f"{self.where}: tensor {name!r} is missing")
         return self.arrays[name]
-
-
-def _generator(state: dict[str, Any]) -> np.random.Generator:
-    bits = _GENERATORS[state["bit_generator"]]()
-    bits.state = state
-    return np.random.Generator(bits)
 
 
 def _as_tuple(values: list[Any]) -> tuple[Any, ...]:

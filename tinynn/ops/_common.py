@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tinynn.errors import DTypeError, ShapeError
-from tinynn.op import Shape
+from tinynn.op import Array, Shape
 from tinynn.tensor import Tensor
 
 Operand = Tensor | npt.ArrayLike
@@ -21,19 +22,37 @@ def tensor(x: Operand) -> Tensor:
 
 
 def pair(a: Operand, b: Operand) -> tuple[Tensor, Tensor]:
-    """Two operands; a plain Python number takes the dtype of the other."""
-    if isinstance(a, Tensor) and isinstance(b, int | float):
-        return a, Tensor(np.asarray(b, a.dtype), copy=False)
-    if isinstance(b, Tensor) and isinstance(a, int | float):
-        return Tensor(np.asarray(a, b.dtype), copy=False), b
+    """Two operands; a number, or integers, take the floating dtype of the other."""
+    if isinstance(a, Tensor):
+        return a, _like(a, b)
+    if isinstance(b, Tensor):
+        return _like(b, a), b
     return tensor(a), tensor(b)
+
+
+def is_number(x: object) -> bool:
+    """Whether x is one plain number, of Python's or NumPy's kinds."""
+    return isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
+
+
+def _like(model: Tensor, x: Operand) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    array = np.asarray(x)
+    if is_number(x) or (array.dtype.kind in "iu" and model.dtype.kind == "f"):
+        array = array.astype(model.dtype)
+        return Tensor(array, copy=False)
+    return tensor(x)
 
 
 def normal_axes(op: str, axis: Axis, shape: Shape) -> tuple[int, ...]:
     """The axes as sorted non-negative numbers; None means all of them."""
     if axis is None:
         return tuple(range(len(shape)))
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    try:
+        axes = tuple(map(index, axis)) if isinstance(axis, tuple | list) else (index(axis),)
+    except TypeError:
+        raise DTypeError(f"{op}: required whole numbers as axes; came {axis!r}") from None
     if any(not -len(shape) <= a < len(shape) for a in axes):
         raise ShapeError(f"{op}: required axes within a shape of {len(shape)} axes; came {axis}")
     normal = tuple(sorted(a % len(shape) for a in axes))
@@ -48,3 +67,13 @@ def integers(op: str, values: Any) -> Tensor:
     if array.dtype.kind not in "iu":
         raise DTypeError(f"{op}: required integers; came {array.dtype} of shape {array.shape}")
     return values if isinstance(values, Tensor) else Tensor(array)
+
+
+def unbroadcast(grad: Array, shape: Shape) -> Array:
+    """Sum `grad` over the axes along which an operand of `shape` was broadcast."""
+    if grad.shape == shape:
+        return grad
+    lead = grad.ndim - len(shape)
+    stretched = tuple(i + lead for i, n in enumerate(shape) if n == 1 and grad.shape[i + lead] != 1)
+    axes = tuple(range(lead)) + stretched
+    return np.asarray(grad.sum(axis=axes, dtype=grad.dtype)).reshape(shape)

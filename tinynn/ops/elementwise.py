@@ -10,8 +10,8 @@ from functools import partial
 import numpy as np
 
 from kernels import elementwise, reference
-from tinynn.op import Array, Op, Sample, Saved, unbroadcast
-from tinynn.ops._common import Operand, pair, tensor
+from tinynn.op import Array, Op, Sample, Saved
+from tinynn.ops._common import Operand, is_number, pair, tensor, unbroadcast
 from tinynn.tensor import Tensor, apply
 
 
@@ -84,7 +84,7 @@ class Div(_Binary):
 
     def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
         a, b = saved
-        return unbroadcast(grad / b, a.shape), unbroadcast(-grad * a / (b * b), b.shape)
+        return unbroadcast(grad / b, a.shape), unbroadcast(-grad * (a / b) / b, b.shape)
 
 
 @dataclass(frozen=True)
@@ -225,10 +225,11 @@ class Relu(_Unary):
         "numba": elementwise.relu,
         "reference": partial(reference.elementwise, reference.relu),
     }
+    gradients = {"numba": elementwise.relu_grad, "reference": reference.relu_grad}
     samples = staticmethod(lambda: [Sample(Relu(), ((3, 4),)), Sample(Relu(), ((2, 3, 3, 5),))])
 
     def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
-        return (elementwise.relu_grad(grad, saved[0]),)
+        return (self.gradient_kernel()(grad, saved[0]),)
 
 
 @dataclass(frozen=True)
@@ -318,10 +319,10 @@ def absolute(x: Operand) -> Tensor:
 
 
 def power(x: Operand, exponent: Operand) -> Tensor:
-    """x ** exponent; with a Tensor as exponent, x must be positive."""
-    if isinstance(exponent, int | float):
-        return apply(Power(float(exponent)), tensor(x))
-    return exp(mul(exponent, log(x)))
+    """x ** exponent; where the exponent is more than a number, x must be positive."""
+    if is_number(exponent):
+        return apply(Power(float(exponent)), tensor(x))  # type: ignore[arg-type]
+    return exp(mul(exponent, log(pair(x, exponent)[0])))
 
 
 def relu(x: Operand) -> Tensor:

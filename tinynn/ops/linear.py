@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,34 +15,48 @@ from tinynn.tensor import Tensor, apply
 
 @dataclass(frozen=True)
 class Matmul(Op):
-    """(M, K) @ (K, N) -> (M, N)."""
+    """(..., M, K) @ (K, N) or (..., K, N) with equal leading axes -> (..., M, N)."""
 
     selective = True
     channels = "mix"
     variants = {"numba": pointwise.matmul, "reference": reference.matmul}
     samples = staticmethod(
-        lambda: [Sample(Matmul(), ((3, 4), (4, 5))), Sample(Matmul(), ((1, 7), (7, 1)))]
+        lambda: [
+            Sample(Matmul(), ((3, 4), (4, 5))),
+            Sample(Matmul(), ((1, 7), (7, 1))),
+            Sample(Matmul(), ((2, 3, 4), (4, 2))),
+            Sample(Matmul(), ((2, 2, 3, 2), (2, 2, 2, 3))),
+        ]
     )
 
     def forward(self, *arrays: Array) -> tuple[Array, Saved]:
         a, b = arrays
-        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
-            raise self.reject("(M, K) and (K, N)", a, b)
-        return self.kernel()(a, b), (a, b)
+        fits = a.ndim >= 2 and b.ndim >= 2 and a.shape[-1] == b.shape[-2]
+        if not fits or (b.ndim > 2 and a.shape[:-2] != b.shape[:-2]) or not (a.size and b.size):
+            raise self.reject("(..., M, K) and (K, N) or (..., K, N), not empty", a, b)
+        return self._product(a, b), (a, b)
 
     def backward(
         self, grad: Array, saved: Saved, needs: tuple[bool, ...] = (True, True)
     ) -> tuple[Array | None, ...]:
         a, b = saved
-        grad = np.ascontiguousarray(grad)
-        return (
-            pointwise.matmul_nt(grad, b) if needs[0] else None,
-            pointwise.matmul_tn(a, grad) if needs[1] else None,
-        )
+        ga = self._product(grad, np.swapaxes(b, -1, -2)) if needs[0] else None
+        if not needs[1]:
+            return ga, None
+        if b.ndim == 2:  # one matrix for all: their gradients add up
+            a, grad = a.reshape(-1, a.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        return ga, self._product(np.swapaxes(a, -1, -2), grad)
+
+    def _product(self, a: Array, b: Array) -> Array:
+        multiply, shape = self.kernel(), (*a.shape[:-1], b.shape[-1])
+        if b.ndim == 2:
+            return multiply(a.reshape(-1, a.shape[-1]), b).reshape(shape)
+        pairs = zip(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), strict=True)
+        return np.stack([multiply(x, y) for x, y in pairs]).reshape(shape)
 
     def macs(self, *shapes: Shape) -> int:
-        (m, k), (_, n) = shapes
-        return m * k * n
+        a, b = shapes
+        return math.prod(a) * b[-1]
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,7 @@ class Linear(Op):
     selective = True
     channels = "mix"
     variants = {"numba": pointwise.linear, "reference": reference.linear}
+    gradients = {"numba": pointwise.linear_grad, "reference": reference.linear_grad}
     samples = staticmethod(
         lambda: [
             Sample(Linear(relu), ((m, k), (k, n), (n,)))
@@ -78,7 +94,7 @@ class Linear(Op):
     ) -> tuple[Array | None, ...]:
         x, w, y = saved
         wanted = (needs[0], needs[1], len(needs) > 2 and needs[2])
-        grads = pointwise.linear_grad(np.ascontiguousarray(grad), x, w, y, self.relu, wanted)
+        grads = self.gradient_kernel()(np.ascontiguousarray(grad), x, w, y, self.relu, wanted)
         return grads[: len(needs)]
 
     def macs(self, *shapes: Shape) -> int:
@@ -87,7 +103,7 @@ class Linear(Op):
 
 
 def matmul(a: Operand, b: Operand) -> Tensor:
-    """The product of (M, K) and (K, N)."""
+    """The product of (..., M, K) and (K, N), or (..., K, N) with equal leading axes."""
     return apply(Matmul(), tensor(a), tensor(b))
 
 

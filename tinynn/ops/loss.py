@@ -29,6 +29,8 @@ class Softmax(Op):
     samples = staticmethod(lambda: [Sample(Softmax(), ((3, 4),)), Sample(Softmax(0), ((3, 4),))])
 
     def forward(self, *arrays: Array) -> tuple[Array, Saved]:
+        if not arrays[0].size:
+            raise self.reject("at least one element", *arrays)
         y = self.kernel()(arrays[0], self.axis)
         return y, (y,)
 
@@ -51,6 +53,8 @@ class LogSoftmax(Op):
     samples = staticmethod(lambda: [Sample(LogSoftmax(), ((3, 4),))])
 
     def forward(self, *arrays: Array) -> tuple[Array, Saved]:
+        if not arrays[0].size:
+            raise self.reject("at least one element", *arrays)
         y = self.kernel()(arrays[0], self.axis)
         return y, (y,)
 
@@ -73,6 +77,7 @@ class Mse(_Regression):
     """mean((prediction - target) ** 2) over all elements."""
 
     variants = {"numba": kernels.mse, "reference": reference.mse}
+    gradients = {"numba": kernels.mse_grad, "reference": reference.mse_grad}
     samples = staticmethod(lambda: [Sample(Mse(), ((5, 3), (5, 3)))])
 
     def forward(self, *arrays: Array) -> tuple[Array, Saved]:
@@ -81,7 +86,7 @@ class Mse(_Regression):
 
     def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
         prediction, target = saved
-        g = kernels.mse_grad(prediction, target, float(grad))
+        g = self.gradient_kernel()(prediction, target, float(grad))
         return g, -g
 
 
@@ -95,6 +100,7 @@ class Rmse(_Regression):
         "numba": lambda p, t, eps: math.sqrt(kernels.mse(p, t) + eps),
         "reference": lambda p, t, eps: math.sqrt(reference.mse(p, t) + eps),
     }
+    gradients = {"numba": kernels.mse_grad, "reference": reference.mse_grad}
     samples = staticmethod(lambda: [Sample(Rmse(), ((5, 3), (5, 3)))])
 
     def forward(self, *arrays: Array) -> tuple[Array, Saved]:
@@ -104,7 +110,7 @@ class Rmse(_Regression):
 
     def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
         prediction, target, root = saved
-        g = kernels.mse_grad(prediction, target, float(grad) / (2 * root))
+        g = self.gradient_kernel()(prediction, target, float(grad) / (2 * root))
         return g, -g
 
 
@@ -119,9 +125,14 @@ class SoftmaxCrossEntropy(Op):
     smoothing: float = 0.0
 
     channels = "end"
+    integers = True
     variants = {
         "numba": kernels.softmax_cross_entropy,
         "reference": reference.softmax_cross_entropy,
+    }
+    gradients = {
+        "numba": kernels.softmax_cross_entropy_grad,
+        "reference": reference.softmax_cross_entropy_grad,
     }
     samples = staticmethod(
         lambda: [Sample(SoftmaxCrossEntropy(s), ((6, 4), (6,)), labels=4) for s in (0.0, 0.1)]
@@ -177,8 +188,8 @@ def mse(prediction: Operand, target: Operand) -> Tensor:
 
 def rmse(prediction: Operand, target: Operand, *, eps: float = 1e-12) -> Tensor:
     """Root of the mean squared error plus eps; both operands of one shape."""
-    if not eps >= 0:
-        raise ConfigError(f"rmse: required eps >= 0; came {eps}")
+    if not 0 < eps < math.inf:
+        raise ConfigError(f"rmse: required eps > 0, else zero loss has no gradient; came {eps}")
     return apply(Rmse(eps), tensor(prediction), tensor(target))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index as whole
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class Transpose(Op):
     axes: tuple[int, ...] = ()
 
     variants = {
-        "numpy": lambda x, axes: np.ascontiguousarray(x.transpose(axes)),
+        "numpy": lambda x, axes: np.array(x.transpose(axes), order="C"),
         "reference": reference.transpose,
     }
     samples = staticmethod(lambda: [Sample(Transpose((2, 0, 1)), ((2, 3, 4),))])
@@ -57,7 +58,7 @@ class Transpose(Op):
         return self.kernel()(arrays[0], self.axes), ()
 
     def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
-        return (np.ascontiguousarray(grad.transpose(np.argsort(self.axes))),)
+        return (np.array(grad.transpose(np.argsort(self.axes)), order="C"),)
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,11 @@ class Pad(Op):
 
     def forward(self, *arrays: Array) -> tuple[Array, Saved]:
         (x,) = arrays
-        if len(self.widths) != x.ndim or any(n < 0 for pair in self.widths for n in pair):
+        if (
+            not x.ndim
+            or len(self.widths) != x.ndim
+            or any(n < 0 for pair in self.widths for n in pair)
+        ):
             raise self.reject("one pair of widths >= 0 for each axis", x)
         return self.kernel()(x, self.widths, self.value), (x.shape,)
 
@@ -146,6 +151,7 @@ class Index(Op):
 class Take(Op):
     """Rows by number: operand 0 is (n, ...), operand 1 any shape of integers in [-n, n)."""
 
+    integers = True
     variants = {
         "numpy": lambda x, positions: x[positions],
         "reference": lambda x, positions: np.stack([x[i] for i in positions]),
@@ -154,6 +160,8 @@ class Take(Op):
 
     def forward(self, *arrays: Array) -> tuple[Array, Saved]:
         x, positions = arrays
+        if not x.ndim:
+            raise self.reject("an operand with rows", x, positions)
         n = len(x)
         if positions.size and not (-n <= positions.min() and positions.max() < n):
             raise IndexError(
@@ -173,7 +181,10 @@ def reshape(x: Operand, *shape: int | Sequence[int]) -> Tensor:
     """Row-major reshape; one size may be -1."""
     x = tensor(x)
     wanted = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
-    sizes = [int(n) for n in wanted]  # type: ignore[arg-type]
+    try:
+        sizes = [whole(n) for n in wanted]  # type: ignore[arg-type]
+    except TypeError:
+        raise DTypeError(f"reshape: required whole numbers; came {wanted}") from None
     if sizes.count(-1) == 1:
         rest = -math.prod(sizes)
         sizes[sizes.index(-1)] = x.size // rest if rest else 0
@@ -185,7 +196,9 @@ def reshape(x: Operand, *shape: int | Sequence[int]) -> Tensor:
 def flatten(x: Operand) -> Tensor:
     """(B, ...) to (B, rest)."""
     x = tensor(x)
-    return reshape(x, x.shape[0], -1)
+    if not x.ndim:
+        raise ShapeError("flatten: required (B, ...); came a shape without axes")
+    return reshape(x, x.shape[0], math.prod(x.shape[1:]))
 
 
 def transpose(x: Operand, axes: Sequence[int] | None = None) -> Tensor:
@@ -233,6 +246,8 @@ def index(x: Operand, key: Any) -> Tensor:
         if k is None:
             kept.append(1)
         elif isinstance(k, slice):
+            if k.step == 0:
+                raise IndexError(f"index: a slice has step 0 in {key!r}")
             size = x.shape[len(keys)]
             kept.append(len(range(*k.indices(size))))
             keys.append((k.start, k.stop, k.step))
