@@ -214,6 +214,12 @@ def test_the_control_from_scratch_has_one_node() -> None:
     assert record["hidden_nodes"] == 1 and record["ended"].startswith("trained from scratch")
 
 
+def test_a_control_from_scratch_that_diverges_is_a_collapse() -> None:
+    control = config(control="scratch", scratch_cycles=2, loss="mse", lr=1e30)
+    record = run(control, 0, say_nothing)
+    assert record["collapsed"] and record["hidden_nodes"] == 0
+
+
 def test_the_table_has_all_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = execute(
         tmp_path,
