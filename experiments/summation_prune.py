@@ -392,9 +392,9 @@ def _measure(net: nn.Module, sets: Sets) -> Record:
     seen = _observe(net, sets.train)
     hidden = next(g for g in seen.graph.groups() if not g.fixed)
     measured: Record = {
-        "train_rmse": tn.evaluate(net, sets.train.take(len(sets.train)), tn.mse) ** 0.5,
-        "test_rmse": tn.evaluate(net, sets.test, tn.mse) ** 0.5,
-        "outside_rmse": tn.evaluate(net, sets.outside, tn.mse) ** 0.5,
+        "train_rmse": _rmse(net, sets.train.take(len(sets.train))),
+        "test_rmse": _rmse(net, sets.test),
+        "outside_rmse": _rmse(net, sets.outside),
         "nodes_with_kink_in_data": int(
             (
                 (seen[hidden.readers[0].value].rate > 0) & (seen[hidden.readers[0].value].rate < 1)
@@ -409,6 +409,14 @@ def _measure(net: nn.Module, sets: Sets) -> Record:
         measured["kink_at_sum"] = -2 * float(b1[0]) / total if total else None
         measured["on_rate"] = float(seen[hidden.readers[0].value].rate[0])
     return measured
+
+
+def _rmse(net: nn.Module, data: Any) -> float:
+    """The error over all data; NaN for a net, for instance a diverged one, that has none."""
+    try:
+        return float(tn.evaluate(net, data, tn.mse) ** 0.5)
+    except NonFiniteError:
+        return math.nan
 
 
 def _sets(config: Record, rng: np.random.Generator) -> Sets:
