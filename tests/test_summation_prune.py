@@ -15,7 +15,8 @@ import pytest
 import tinynn as tn
 from experiments import runner
 from experiments.runner import Record, main
-from experiments.summation_prune import EXPERIMENT, OPTIONS, random_control, run
+from experiments.summation_prune import EXPERIMENT, run
+from experiments.summation_recipes import OPTIONS, random_control
 from tinynn.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
