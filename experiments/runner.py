@@ -32,6 +32,16 @@ from tinynn.storage import plain, write_bytes, write_json
 
 Record = dict[str, Any]
 
+#: optimisers by name, each made from (parameters, rate, momentum=, l1= or l2=)
+OPTIMIZERS: dict[str, Callable[..., tn.Optimizer]] = {
+    "sgd": tn.SGD,
+    "nesterov": lambda p, lr, momentum, **k: tn.SGD(p, lr, momentum=momentum, nesterov=True, **k),
+    "adam": lambda p, lr, momentum, **k: tn.Adam(p, lr, beta1=momentum, **k),
+    "nadam": lambda p, lr, momentum, **k: tn.Nadam(p, lr, beta1=momentum, **k),
+    "adadelta": lambda p, lr, momentum, **k: tn.Adadelta(p, lr, rho=momentum, **k),
+    "rmsprop": lambda p, lr, momentum, **k: tn.RMSProp(p, lr, momentum=momentum, **k),
+}
+
 
 @dataclass(frozen=True)
 class Option:

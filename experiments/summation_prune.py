@@ -22,7 +22,6 @@ The merge puts the last node's kink outside the data; training does not learn wh
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable
@@ -37,16 +36,15 @@ if not __package__:
 
 import tinynn as tn
 from experiments import summation_figures as figures
+from experiments import summation_recipes as recipes
 from experiments.runner import (
+    OPTIMIZERS,
     Experiment,
-    Option,
     Record,
     Row,
-    add_options,
     main,
     median,
     spread,
-    written,
 )
 from tinynn import nn
 from tinynn.errors import NonFiniteError, PruneError
@@ -56,91 +54,7 @@ Report = Callable[[str], None]
 Array = np.ndarray[Any, Any]
 
 HIDDEN: tuple[str, ...] = ("0.weight", "0.bias", "2.weight")  #: what the published distortion moves
-NORM = 0.5  #: incoming weights of the table's cell by norm; they start at about 1.1
 HELD_OUT = 20_000  #: samples of the test set and of the out-of-range set
-
-OPTIMIZERS: dict[str, Callable[..., tn.Optimizer]] = {
-    "sgd": tn.SGD,
-    "nesterov": lambda p, lr, momentum, **k: tn.SGD(p, lr, momentum=momentum, nesterov=True, **k),
-    "adam": lambda p, lr, momentum, **k: tn.Adam(p, lr, beta1=momentum, **k),
-    "nadam": lambda p, lr, momentum, **k: tn.Nadam(p, lr, beta1=momentum, **k),
-    "adadelta": lambda p, lr, momentum, **k: tn.Adadelta(p, lr, rho=momentum, **k),
-    "rmsprop": lambda p, lr, momentum, **k: tn.RMSProp(p, lr, momentum=momentum, **k),
-}
-
-
-OPTIONS = {
-    "nodes": Option(1000, 1000, "hidden nodes at the start", least=1),
-    "samples": Option(
-        100_000, 100_000, "training samples (published: 1,000,000, see --full)", least=2
-    ),
-    "batch": Option(1000, 1000, "samples a step", least=1),
-    "inputs": Option("uniform", "uniform", "distribution of the inputs", ("uniform", "normal")),
-    "loss": Option("rmse", "rmse", "loss (thesis: rmse, draft: mse)", ("rmse", "mse")),
-    "optimizer": Option("sgd", "sgd", "optimiser, made anew each cycle", tuple(OPTIMIZERS)),
-    "lr": Option(0.1, 0.01, "learning rate", above=0),
-    "momentum": Option(0.9, 0.9, "momentum (draft: 0.3)", least=0, below=1),
-    "init": Option(
-        "truncated_normal", "truncated_normal", "initialiser", tuple(sorted(tn.init.by_name))
-    ),
-    "steps": Option(300, 0, "steps a cycle; 0: by epochs", least=0),
-    "decay": Option("cosine", "none", "learning rate within a cycle", ("none", "cosine")),
-    "epochs": Option(
-        10, 10, "epochs a cycle if --steps is 0; 0: until the loss has converged", least=0
-    ),
-    "regulariser": Option("none", "none", "penalty on the weights", ("none", "l1", "l2")),
-    "penalty": Option(1e-4, 1e-4, "factor of the regulariser", least=0),
-    "criterion": Option(
-        "rate",
-        "count",
-        "what a node is judged by: activation rate or count, variance, weight norm, random "
-        "(the control: as many nodes a cycle as the recipe's own criterion removes)",
-        ("rate", "count", "variance", "l1", "l2", "random"),
-    ),
-    "threshold": Option(1e-5, 0.0, "remove nodes whose score is at most this", least=0),
-    "bounds": Option(
-        0.0, 0.0, "> 0: remove by mean +- this many units of the scores instead", least=0
-    ),
-    "bounds_unit": Option("std", "std", "unit of the bounds", ("std", "variance")),
-    "bounds_remove": Option("outside", "outside", "side removed", ("outside", "inside")),
-    "distortion": Option(
-        "clamped",
-        "published",
-        "amplitude of U[0,1) added to the hidden weights and biases; none: no lift either",
-        ("none", "published", "clamped", "constant"),
-    ),
-    "distortion_scale": Option(1.0, 1.0, "factor of the distortion, in the lift too"),
-    "merge": Option(True, False, "merge nodes that are always on"),
-    "lift": Option(
-        True, False, "distort biases alone once nothing more is removed, by U[0,1) times the scale"
-    ),
-    "lift_lr": Option(0.01, 0.01, "learning rate while lifting", above=0),
-    "roll_back": Option(True, False, "undo a distortion after which the net died"),
-    "patience": Option(20, 0, "idle cycles in a row after which to give up", least=0),
-    "cycles": Option(100, 100, "cycles at the most", least=1),
-    "fine_tune": Option(2000, 0, "steps of fine-tuning at the end, if one node is left", least=0),
-    "fine_tune_lr": Option(0.05, 0.05, "its learning rate (inputs normal: a tenth)", above=0),
-}
-
-QUICK = {"nodes": 200, "samples": 20_000}
-FULL = {"samples": 1_000_000, "steps": 0}
-
-#: cells of the table beside the grid: what follows "default" in their names, what they change
-OTHER_CRITERIA: dict[str, Record] = {
-    f", l2 norm > {NORM:g}": {"criterion": "l2", "threshold": NORM},
-    ", rate within mean ± 2 std": {"bounds": 2.0, "bounds_remove": "outside"},
-    ", rate beyond mean ± 2 std": {"bounds": 2.0, "bounds_remove": "inside"},
-}
-#: one addition to the published recipe off at a time
-WITHOUT: dict[str, Record] = {
-    " without merge": {"merge": False},
-    " without lift": {"lift": False},
-    " without roll-back": {"roll_back": False},
-    " without fine-tune": {"fine_tune": 0},
-    " without decay": {"decay": "none"},
-    " without larger rate": {"lr": 0.01},
-    " without clamp": {"distortion": "published"},
-}
 
 PUBLISHED = {
     "hidden_nodes": 1,
@@ -187,12 +101,6 @@ def run(config: Record, seed: int, report: Report) -> Record:
     sets = _sets(config, rngs[0])
     state = _prune(config, sets, rngs, removals, report)
     return _finish(config, sets, state)
-
-
-def random_control(config: Record) -> Record:
-    """The control of a recipe: random nodes, as many a cycle as its own criterion removes."""
-    own = {"twin_criterion": config["criterion"], "twin_threshold": config["threshold"]}
-    return {**config, "criterion": "random", **own}
 
 
 def _prune(
@@ -386,8 +294,11 @@ def _scratch(config: Record, seed: int) -> Record:
     rngs = [np.random.default_rng([seed, i]) for i in range(2)]
     sets = _sets(config, rngs[0])
     state = State(_network({**config, "nodes": 1}, rngs[1]), ended="trained from scratch")
-    for _ in range(config["scratch_cycles"]):
-        state.steps += _train(state.net, sets.train, config, False)
+    try:
+        for _ in range(config["scratch_cycles"]):
+            state.steps += _train(state.net, sets.train, config, False)
+    except NonFiniteError:
+        state.ended = "collapsed"
     if _always_on(state.net, sets.train):
         state.net = _merge(state.net, sets.train)
     return _finish(config, sets, state)
@@ -398,9 +309,9 @@ def _measure(net: nn.Module, sets: Sets) -> Record:
     seen = _observe(net, sets.train)
     hidden = next(g for g in seen.graph.groups() if not g.fixed)
     measured: Record = {
-        "train_rmse": tn.evaluate(net, sets.train.take(len(sets.train)), tn.mse) ** 0.5,
-        "test_rmse": tn.evaluate(net, sets.test, tn.mse) ** 0.5,
-        "outside_rmse": tn.evaluate(net, sets.outside, tn.mse) ** 0.5,
+        "train_rmse": _rmse(net, sets.train.take(len(sets.train))),
+        "test_rmse": _rmse(net, sets.test),
+        "outside_rmse": _rmse(net, sets.outside),
         "nodes_with_kink_in_data": int(
             (
                 (seen[hidden.readers[0].value].rate > 0) & (seen[hidden.readers[0].value].rate < 1)
@@ -415,6 +326,14 @@ def _measure(net: nn.Module, sets: Sets) -> Record:
         measured["kink_at_sum"] = -2 * float(b1[0]) / total if total else None
         measured["on_rate"] = float(seen[hidden.readers[0].value].rate[0])
     return measured
+
+
+def _rmse(net: nn.Module, data: Any) -> float:
+    """The error over all data; NaN for a net, for instance a diverged one, that has none."""
+    try:
+        return float(tn.evaluate(net, data, tn.mse) ** 0.5)
+    except NonFiniteError:
+        return math.nan
 
 
 def _sets(config: Record, rng: np.random.Generator) -> Sets:
@@ -467,63 +386,6 @@ def _cycle_line(c: Record) -> str:
 
 
 # --- command line, tables ----------------------------------------------------------------------
-
-
-def _arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("recipe")
-    group.add_argument(
-        "--literal", action="store_true", help="the recipe as published, with none of the additions"
-    )
-    group.add_argument(
-        "--table",
-        action="store_true",
-        help="criteria x distortion x regularisers x runs, published and default recipe, controls",
-    )
-    add_options(group, OPTIONS)
-
-
-def _recipe(args: argparse.Namespace, literal: bool) -> Record:
-    config = {k: o.literal if literal else o.default for k, o in OPTIONS.items()}
-    config |= QUICK if args.quick else FULL if args.full else {}
-    changes = written(args, OPTIONS)
-    criterion = changes.pop("criterion", config["criterion"])
-    if criterion == "random":
-        return random_control(config | changes)
-    if criterion != config["criterion"]:
-        config["threshold"] = 0.0
-    return config | {"criterion": criterion} | changes
-
-
-def _cells(args: argparse.Namespace) -> dict[str, Record]:
-    """The configurations to run, by name.
-
-    In the table, the cell "literal, count, distortion, none" is the literal recipe itself, and
-    "default, count, distortion, none" is the default recipe without its share as threshold.
-    """
-    if not args.table:
-        return {"literal" if args.literal else "default": _recipe(args, args.literal)}
-    cells: dict[str, Record] = {"default": _recipe(args, False)}  # first: the figures show it
-    for recipe in ("literal", "default"):
-        base = _recipe(args, recipe == "literal")
-        for criterion in ("count", "variance"):
-            for distorted in (True, False):
-                for regulariser in ("none", "l1", "l2"):
-                    how = "distortion" if distorted else "no distortion"
-                    cells[f"{recipe}, {criterion}, {how}, {regulariser}"] = {
-                        **base,
-                        "criterion": criterion,
-                        "threshold": 0.0,
-                        "distortion": base["distortion"] if distorted else "none",
-                        "lift": base["lift"] and distorted,
-                        "regulariser": regulariser,
-                    }
-        control = base if base["criterion"] == "random" else random_control(base)
-        cells[f"{recipe}, random pruning"] = control
-    base = cells["default"]
-    for name, changes in {**OTHER_CRITERIA, **WITHOUT}.items():
-        cells[f"default{name}"] = base | changes
-    cells["2-1-1 net from scratch"] = {**base, "control": "scratch", "scratch_cycles": 20}
-    return cells
 
 
 def _line(r: Record) -> str:
@@ -620,7 +482,7 @@ def _table(runs: list[Record], summary: Record) -> list[Row]:
 
 
 def _thesis_says(cell: str) -> str:
-    if "scratch" in cell or "without" in cell or any(n in cell for n in OTHER_CRITERIA):
+    if "scratch" in cell or "without" in cell or any(n in cell for n in recipes.OTHER_CRITERIA):
         return "?"
     if "random" in cell:
         return "similar"
@@ -634,8 +496,8 @@ EXPERIMENT = Experiment(
     description="Prune a net that adds two numbers from 1000 hidden nodes to one. "
     "It makes its own data: --data-dir is not used.",
     published=PUBLISHED,
-    arguments=_arguments,
-    cells=_cells,
+    arguments=recipes.arguments,
+    cells=recipes.cells,
     run=run,
     line=_line,
     summary=_summary,

@@ -24,6 +24,12 @@ from numba.core.caching import FunctionCache
 
 from kernels import simd
 
+# Where GNU OpenMP runs the threads: let an idle thread spin for some ten microseconds only, enough
+# from one kernel to the next. By default it spins for milliseconds, and two busy processes on one
+# machine then slow each other down many times over. Read when the library is loaded.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "10000"
+
 _config: Any = numba.config
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))

@@ -294,3 +294,54 @@ def test_other_generators_resume_too(kind):
     resumed = make(2)
     resumed.load_state_dict(state)
     assert [x.tolist() for x, _ in resumed] + [x.tolist() for x, _ in resumed] == rest
+
+
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), None, "3", True, [2]])
+def test_sizes_that_are_no_whole_numbers_are_refused(size):
+    with pytest.raises(ConfigError, match="whole size >= 1"):
+        numbered(5, size)
+    with pytest.raises(ConfigError, match="whole n >= 1"):
+        numbered(5, 2).take(size)
+
+
+def test_restart_forgets_an_epoch_that_was_to_be_continued():
+    data = numbered(12, 3)
+    iterator = iter(data)
+    next(iterator)
+    data.load_state_dict(data.state_dict())
+    data.restart()
+    assert "done" not in data.state_dict()
+    assert sorted(flat(labels(data))) == list(range(12))
+    assert len(list(iterator)) == 3  # who still iterates is not disturbed
+
+
+def test_after_restart_a_saved_state_continues_like_the_run_itself():
+    data, other = numbered(12, 3), numbered(12, 3, seed=5)
+    next(iter(data))
+    data.restart()
+    other.load_state_dict(json.loads(json.dumps(data.state_dict())))
+    assert labels(other) == labels(data)
+
+
+def test_a_generator_whose_state_cannot_be_saved_is_refused():
+    class Mine(np.random.PCG64):
+        pass
+
+    x = np.ones((3, 1), np.float32)
+    with pytest.raises(ConfigError, match="numpy Generator on one of"):
+        Batches(x, None, 2, np.random.Generator(Mine(0)))
+    with pytest.raises(DTypeError, match="came 7"):
+        Batches(x, None, 2, 7, shuffle=False)
+
+
+@pytest.mark.parametrize("field", ["rng", "begun_from"])
+def test_a_hostile_generator_state_never_reaches_numpy(field):
+    x = np.arange(30, dtype=np.float32)
+    data = Batches(x, None, 4, np.random.Generator(np.random.Philox(1)))
+    next(iter(data))
+    before = data.state_dict()
+    state = json.loads(json.dumps(before))
+    state[field]["buffer_pos"] = 10**6
+    with pytest.raises(ConfigError, match=r"Batches: Philox\.buffer_pos"):
+        data.load_state_dict(state)
+    assert data.state_dict() == before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from tinynn import nn, ops
 from tinynn.compress import importance, prune, select
-from tinynn.errors import ConfigError, DataError, GraphError, PruneError
+from tinynn.errors import ConfigError, DataError, GraphError, NonFiniteError, PruneError
 from tinynn.graph import trace
 from tinynn.observe import Statistics, observe
 from tinynn.tensor import Tensor
@@ -265,3 +267,294 @@ def test_criteria_score_what_they_say() -> None:
     assert len(set(score["random"])) == 4
     with pytest.raises(ConfigError, match="required one of"):
         importance.by_name("magic", np.random.default_rng(0))
+
+
+# --- what must not be pruned ---------------------------------------------------------------------
+
+
+class Made(nn.Module):
+    """A model whose forward is a function of itself and x; layers a to d are 3 -> 6 -> ... -> 2."""
+
+    def __init__(self, compute: Callable[[Any, Tensor], Tensor], **parts: Any) -> None:
+        rng = np.random.default_rng(1)
+        self.a, self.b = nn.Linear(3, 6, rng=rng), nn.Linear(6, 6, rng=rng)
+        self.c, self.d = nn.Linear(6, 6, rng=rng), nn.Linear(6, 2, rng=rng)
+        for layer in (self.a, self.b, self.c, self.d):
+            assert layer.bias is not None
+            layer.bias.mutate()[...] = rng.standard_normal(layer.bias.shape) * 0.3
+        for name, value in parts.items():
+            setattr(self, name, value)
+        object.__setattr__(self, "compute", compute)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self, x)
+
+    def __deepcopy__(self, memo: Any) -> Made:
+        out = Made(self.compute)
+        kept = {k: v for k, v in vars(self).items() if k != "compute"}
+        vars(out).update(copy.deepcopy(kept, memo))
+        return out
+
+
+def fixed(model: nn.Module) -> dict[str, str]:
+    return {g.name: g.fixed for g in trace(model, np.ones((2, 3), np.float32)).groups()}
+
+
+def tied(model: Made) -> Made:
+    model.c.weight = model.b.weight
+    return model
+
+
+def vector(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(6).astype(np.float32)
+
+
+TWICE, DEAD = "used more than once", "nothing reads it"
+
+#: name: model, {group: part of the reason}; all groups not named here but the ends are prunable
+AWKWARD: dict[str, tuple[Callable[[], Made], dict[str, str]]] = {
+    "a layer used twice": (
+        lambda: Made(lambda m, x: m.d(m.b(m.b(m.a(x).relu()).relu()).relu())),
+        {"a": TWICE, "b": TWICE},
+    ),
+    "tied weights": (
+        lambda: tied(Made(lambda m, x: m.d(m.c(m.b(m.a(x).relu()).relu()).relu()))),
+        {"a": TWICE, "b": TWICE},
+    ),
+    "one layer on both sides of an addition": (
+        lambda: Made(lambda m, x: m.d(m.b((m.a(x) + m.a(x * 2.0)).relu()).relu())),
+        {"a": TWICE},
+    ),
+    "weights used detached": (
+        lambda: Made(
+            lambda m, x: m.d(m.b(m.a(x).relu()).relu() @ m.b.weight.detach())
+        ),
+        {"a": TWICE, "b": TWICE},
+    ),
+    "transposed weights": (
+        lambda: Made(lambda m, x: m.d(m.b(m.a(x)).relu() @ m.b.weight.transpose())),
+        {"a": TWICE, "b": "other than data"},
+    ),
+    "a bias that is no parameter": (
+        lambda: Made(
+            lambda m, x: m.d(m.c(ops.linear(m.a(x), m.b.weight, Tensor(m.k)).relu())),
+            k=vector(),
+        ),
+        {"b": "bias that is no parameter"},
+    ),
+    "a computed bias": (
+        lambda: Made(
+            lambda m, x: m.d(ops.linear(m.a(x), m.b.weight, m.k * 2.0).relu()),
+            k=nn.Parameter(vector()),
+        ),
+        {"b": "bias that is no parameter"},
+    ),
+    "a constant on the channels": (
+        lambda: Made(lambda m, x: m.d(m.b(m.a(x) * Tensor(m.k)).relu()), k=vector()),
+        {"a": "constant array"},
+    ),
+    "a parameter outside the model": (
+        lambda: Made(
+            lambda m, x: m.d(m.b(m.a(x) * STRANGER).relu()),
+        ),
+        {"a": "constant array"},
+    ),
+    "constant data": (
+        lambda: Made(lambda m, x: m.d(m.b(m.a(x).relu()) + Tensor(m.k) @ m.c.weight),
+                     k=vector().reshape(1, 6)),
+        {"b": "other than data"},
+    ),
+    "a dead branch": (
+        lambda: Made(lambda m, x: (m.d(m.b(h := m.a(x)).relu()), m.c(h))[0]),
+        {"c": DEAD},
+    ),
+    "a detached value": (
+        lambda: Made(lambda m, x: m.d(m.b(h := m.a(x).relu()) + m.c(h.detach()))),
+        {},
+    ),
+    "a number for all channels": (
+        lambda: Made(lambda m, x: m.d(m.b(m.a(x)).relu() * m.k), k=nn.Parameter(np.float32(2))),
+        {},
+    ),
+}  # fmt: skip
+STRANGER = nn.Parameter(vector(3))
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_groups_that_more_depends_on_are_fixed_and_the_others_pruned_right(name: str) -> None:
+    make, reasons = AWKWARD[name]
+    model = make()
+    found = fixed(model)
+    for group, reason in reasons.items():
+        assert reason in found[group], found
+    free = {g for g, reason in found.items() if not reason}
+    assert free == {"a", "b", "c"} & found.keys() - reasons.keys()
+    seen = observe(model, batches())
+    if not free:
+        with pytest.raises(PruneError, match=next(iter(reasons.values()))):
+            prune.channels(model, seen, importance.l1, select.number(4))
+        return
+
+    def score(group: Any, *_: Any) -> np.ndarray:
+        return np.random.default_rng(ord(group.name)).random(group.size)
+
+    smaller = prune.channels(model, seen, score, select.number(4), fold="none")
+    masked = model.copy()
+    parameters = dict(masked.named_parameters())
+    for group in (g for g in seen.graph.groups() if not g.fixed):
+        for reader in group.readers:
+            parameters[reader.weight.name].mutate()[~select.number(4)(score(group))] = 0
+    x = Tensor(batches()[0][0])
+    np.testing.assert_allclose(smaller(x).data, masked(x).data, rtol=1e-4, atol=1e-5)
+    assert smaller.size() < model.size()
+
+
+def test_means_and_other_values_without_axes_have_no_channels() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            rng = np.random.default_rng(0)
+            self.a, self.b = nn.Linear(3, 4, rng=rng), nn.Linear(4, 1, rng=rng)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.b(self.a(x).relu()).sum(axis=1)
+            return (y - y.mean()) * 2.0
+
+    model = Centred()
+    seen = observe(model, batches())
+    by_op = {n.op.name: n.output for n in seen.graph.nodes}
+    assert by_op["linear"] in seen and by_op["sub"] not in seen
+    with pytest.raises(GraphError, match="no channels"):
+        seen[by_op["sub"]]
+    smaller = prune.channels(model, seen, importance.activation_rate, select.number(2))
+    assert smaller(Tensor(batches()[0][0])).shape == (50,)
+
+
+# --- observing -----------------------------------------------------------------------------------
+
+
+def test_observe_takes_images_flattened_in_batches_of_any_size() -> None:
+    rng = np.random.default_rng(0)
+    first, last = nn.Linear(12, 5, rng=rng), nn.Linear(5, 2, rng=rng)
+    net = nn.Sequential(nn.Flatten(), first, nn.ReLU(), last)
+    data = [rng.standard_normal((n, 2, 2, 3)).astype(np.float32) for n in (4, 7, 1)]
+    seen = observe(net, data)
+    hidden = seen[seen.graph.nodes[1].output]
+    h = np.concatenate([first(Tensor(x.reshape(len(x), -1)), relu=True).data for x in data])
+    assert hidden.samples == 12
+    np.testing.assert_array_equal(hidden.count, (h > 0).sum(0))
+    smaller = prune.channels(net, seen, importance.l1, select.number(3))
+    assert [p.shape for p in smaller.parameters()] == [(12, 3), (3,), (3, 2), (2,)]
+
+
+@pytest.mark.parametrize("change", ["fewer", "more", "other", "elsewhere"])
+def test_ops_that_depend_on_the_data_are_refused(change: str) -> None:
+    def compute(m: Any, x: Tensor) -> Tensor:
+        h, late = m.a(x).relu(), x.data[0, 0] > 100
+        if not late:
+            return m.d(m.b(h).relu()).tanh()
+        return {
+            "fewer": lambda: m.d(m.b(h).relu()),
+            "more": lambda: m.d(m.b(h).relu()).tanh().tanh(),
+            "other": lambda: m.d(m.b(h).relu()).sigmoid(),
+            "elsewhere": lambda: m.d(m.c(h).relu()).tanh(),
+        }[change]()
+
+    data = [np.ones((2, 3), np.float32), np.full((2, 3), 101, np.float32)]
+    observe(Made(compute), data[:1])
+    with pytest.raises(GraphError, match="must not depend on the data"):
+        observe(Made(compute), data)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nodes_that_are_not_finite_are_named_not_counted_as_dead(bad: float) -> None:
+    net = mlp(3, 5, 2)
+    net[0].bias.mutate()[[1, 3]] = bad  # type: ignore[union-attr]
+    net[2].weight.mutate()[[1, 3]] = 0  # type: ignore[union-attr]
+    with pytest.raises(NonFiniteError, match=r"linear in '0', 2 of 5 channels are not finite"):
+        observe(net, batches())
+    with pytest.raises(NonFiniteError, match="model's input, 1 of 3"):
+        observe(net, [np.array([[0, bad, 0]], np.float32)])
+
+
+def test_values_too_large_for_their_variance_are_refused() -> None:
+    class Same(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 1.0
+
+    with pytest.raises(NonFiniteError, match="1 of 2 channels"):
+        observe(Same(), [np.array([[0, 1e200], [1, -1e200]])])
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (), (4, 0)])
+def test_an_empty_batch_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match="batch 1 has"):
+        observe(mlp(3, 5, 2), [np.ones((2, 3), np.float32), np.ones(shape, np.float32)])
+
+
+def test_observations_of_another_net_of_equal_sizes_are_refused() -> None:
+    net = mlp(3, 6, 2)
+    seen = observe(net, batches())
+    prune.channels(net, seen, importance.l1, select.number(2))
+    tanh = nn.Sequential(net[0], nn.Tanh(), net[2])
+    for other in (mlp(3, 6, 2, seed=1), tanh):
+        with pytest.raises(PruneError, match="observe it again"):
+            prune.channels(other, seen, importance.l1, select.number(2))
+    net.parameters()[-1].mutate()[...] += 1
+    with pytest.raises(PruneError, match="observe it again"):
+        prune.channels(net, seen, importance.l1, select.number(2))
+
+
+def test_a_buffer_belongs_to_what_was_observed() -> None:
+    model = Made(lambda m, x: m.d(m.b(m.a(x)) * Tensor(m.k)), k=vector())
+    seen = observe(model, batches())
+    model.k[2] += 1
+    with pytest.raises(PruneError, match="observe it again"):
+        prune.channels(model, seen, importance.l1, select.number(2))
+
+
+# --- criteria and selections ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, None, "1", True, [1.0]])
+def test_selections_want_numbers(bad: Any) -> None:
+    for select_by in (select.above, select.share, select.number, select.bounds):
+        with pytest.raises(ConfigError, match="select"):
+            select_by(bad)
+    for call in (lambda: select.number(2.5), lambda: select.bounds(np.inf)):  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="select"):
+            call()
+    assert select.above(np.float32(0.5))(np.array([0.0, 1.0])).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("name", ["count", "rate", "variance", "l1", "l2", "random"])
+def test_groups_that_nothing_reads_have_scores(name: str) -> None:
+    model = AWKWARD["a dead branch"][0]()
+    seen = observe(model, batches())
+    parameters = {n: p.numpy() for n, p in model.named_parameters()}
+    score = importance.by_name(name, np.random.default_rng(0))
+    for group in seen.graph.groups():
+        assert score(group, seen, parameters).shape == (group.size,)
+
+
+@pytest.mark.parametrize(
+    ("scores", "mask"),
+    [
+        (np.array([1.0, np.nan, 1, 1, 1, 1]), None),
+        (np.ones(5), None),
+        (np.ones((6, 1)), None),
+        (np.ones(6), np.ones(5, bool)),
+        (np.ones(6), True),
+    ],
+)
+def test_scores_and_decisions_are_one_a_channel(scores: np.ndarray, mask: Any) -> None:
+    net = mlp(3, 6, 2)
+    keep = select.above(0) if mask is None else lambda s: mask
+    with pytest.raises(PruneError, match="6"):
+        prune.channels(net, observe(net, batches()), lambda *_: scores, keep)
+
+
+def test_a_frozen_parameter_stays_frozen_when_pruned() -> None:
+    net = mlp(3, 6, 2)
+    net.parameters()[0].requires_grad = False
+    smaller = prune.channels(net, observe(net, batches()), importance.l1, select.number(2))
+    assert [p.requires_grad for p in smaller.parameters()] == [False, True, True, True]

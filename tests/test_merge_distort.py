@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from tinynn import nn
 from tinynn.compress import distort, merge
-from tinynn.errors import ConfigError
+from tinynn.errors import ConfigError, PruneError
 from tinynn.observe import observe
 from tinynn.tensor import Tensor
 
@@ -124,3 +126,101 @@ def test_distortion_of_some_parameters_and_bad_requests() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             distort(model, rng, **bad)  # type: ignore[arg-type]
+
+
+def deep(sizes: list[int], seed: int, chosen: list[set[int]]) -> nn.Sequential:
+    """A ReLU net whose chosen hidden nodes are on for all inputs in [-1, 1]."""
+    rng = np.random.default_rng(seed)
+    layers: list[nn.Module] = []
+    reach = np.ones(sizes[0])
+    for i, (a, b) in enumerate(pairwise(sizes)):
+        layer = nn.Linear(a, b, rng=rng, dtype=np.float64)
+        assert layer.bias is not None
+        bias = layer.bias.mutate()
+        bias[...] = rng.standard_normal(b) * 0.3
+        total = reach @ np.abs(layer.weight.data)
+        if i < len(chosen):
+            nodes = sorted(n for n in chosen[i] if n < b)
+            bias[nodes] = total[nodes] + 0.1
+        reach = total + np.abs(bias)
+        layers += [layer] + ([nn.ReLU()] if i < len(sizes) - 2 else [])
+    return nn.Sequential(*layers)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.lists(st.integers(1, 7), min_size=3, max_size=5),
+    st.lists(st.sets(st.integers(0, 6)), min_size=3, max_size=3),
+    st.integers(0, 1000),
+)
+def test_the_function_of_deep_nets_stays(
+    sizes: list[int], chosen: list[set[int]], seed: int
+) -> None:
+    model = deep(sizes, seed, chosen)
+    x = np.random.default_rng(seed).uniform(-1, 1, (200, sizes[0]))
+    seen = observe(model, [x])
+    merged = merge.affine(model, seen, tolerance=1e-12)
+    scale = np.abs(model(Tensor(x)).data).max()
+    np.testing.assert_allclose(
+        merged(Tensor(x)).data, model(Tensor(x)).data, rtol=0, atol=1e-9 * scale
+    )
+    assert all(
+        p.size <= q.size for p, q in zip(merged.parameters(), model.parameters(), strict=True)
+    )
+
+
+def test_two_hidden_layers_that_are_always_on_become_as_few_as_their_ranks() -> None:
+    everything = set(range(6))
+    model = deep([2, 6, 5, 1], 0, [everything, everything])
+    merged = merge.affine(model, observe(model, [box(2).astype(np.float64)]))
+    assert [p.shape for p in merged.parameters()] == [(2, 1), (1,), (1, 1), (1,), (1, 1), (1,)]
+
+
+def test_the_merge_puts_even_a_single_node_into_its_form() -> None:
+    model = lifted(net(2, 1, 1), [0])
+    x = box(2)
+    merged = merge.affine(model, observe(model, [x]), margin=0.5)
+    w, b, v, _ = (p.data for p in merged.parameters())
+    assert np.isclose(np.linalg.norm(w), np.linalg.norm(v), rtol=1e-5)
+    lowest = np.minimum(w[:, 0] * x.min(0), w[:, 0] * x.max(0)).sum()
+    assert np.isclose(b[0] + lowest, 0.5, atol=1e-5)
+
+
+def test_layers_used_twice_are_left_alone() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            rng = np.random.default_rng(0)
+            self.a, self.b = nn.Linear(3, 3, rng=rng), nn.Linear(3, 1, rng=rng)
+            self.a.bias.mutate()[...] = 20  # type: ignore[union-attr]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(self.a(x, relu=True), relu=True))
+
+    model = Twice()
+    merged = merge.affine(model, observe(model, [box(3)]))
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(merged.state_dict()[name], value)
+
+
+def test_the_merge_wants_what_was_observed_of_this_model() -> None:
+    model, x = lifted(net(2, 5, 1), [0, 1]), box(2)
+    seen = observe(model, [x])
+    with pytest.raises(PruneError, match=r"merge\.affine.*observe it again"):
+        merge.affine(net(2, 5, 1, seed=4), seen)
+    model[0].bias.mutate()[3] += 1e-3  # type: ignore[union-attr]
+    with pytest.raises(PruneError, match="observe it again"):
+        merge.affine(model, seen)
+    seen = observe(model, [x])
+    for bad in ({"margin": np.nan}, {"margin": np.inf}, {"tolerance": np.nan}, {"tolerance": -1}):
+        with pytest.raises(ConfigError, match=r"merge\.affine"):
+            merge.affine(model, seen, **bad)
+
+
+def test_what_is_frozen_stays_frozen() -> None:
+    model, x = lifted(net(2, 5, 1), [0, 1, 2, 3, 4]), box(2)
+    last = model[2]
+    assert isinstance(last, nn.Linear)
+    last.weight.requires_grad = False
+    merged = merge.affine(model, observe(model, [x]))
+    frozen = {n: not p.requires_grad for n, p in merged.named_parameters()}
+    assert frozen == {"0.weight": False, "0.bias": False, "2.weight": True, "2.bias": False}

@@ -12,6 +12,7 @@ from kernels import reference
 from tinynn import optim
 from tinynn.errors import ConfigError, DTypeError, NonFiniteError, ShapeError
 from tinynn.nn.module import Parameter
+from tinynn.schedule import Plateau
 from tinynn.tensor import Tensor
 
 SHAPES = [(3, 4), (2, 2, 3, 5), (4,), (1,)]
@@ -449,3 +450,42 @@ def test_clipping_refuses_gradients_that_are_not_finite(bad):
 def test_clipping_needs_one_positive_limit(limits):
     with pytest.raises(ConfigError, match="clip_gradients"):
         optim.clip_gradients(with_gradients(), **limits)
+
+
+# --- rates that can be used can be saved ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("lr", [0.0, 5e-324, 2.0**53 + 2, 1e300, np.float32(0.5), 10**20])
+def test_every_rate_that_is_accepted_is_accepted_from_a_state(lr):
+    saved = optim.SGD(parameters(), lr).state_dict()
+    other = optim.SGD(parameters(), 1.0)
+    other.load_state_dict(saved)
+    assert other.lr == float(lr)
+
+
+@pytest.mark.parametrize("lr", [10**400, None, "1", True, math.nan, math.inf, -1.0])
+def test_every_rate_that_is_refused_is_refused_from_a_state(lr):
+    optimizer = optim.SGD(parameters(), 0.5)
+    with pytest.raises(ConfigError, match="lr"):
+        optim.SGD(parameters(), lr)
+    with pytest.raises(ConfigError, match="lr"):
+        optimizer.load_state_dict({**optimizer.state_dict(), "sgd.lr": lr})
+    assert optimizer.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"waited": "1", "scale": 1.0},
+        {"waited": -1, "scale": 1.0},
+        {"waited": 0, "scale": 2.0},
+        {"waited": 0, "scale": 10**400},
+        {"waited": 0, "scale": 1.0, "best": None},
+        {"waited": 0, "scale": 1.0, "best": math.nan},
+    ],
+)
+def test_a_plateau_refuses_numbers_that_it_cannot_have_saved(state):
+    plateau = Plateau()
+    with pytest.raises(ConfigError, match="Plateau: required"):
+        plateau.load_state_dict(state)
+    assert plateau.state_dict() == {"waited": 0, "scale": 1.0}

@@ -15,7 +15,8 @@ import pytest
 import tinynn as tn
 from experiments import runner
 from experiments.runner import Record, main
-from experiments.summation_prune import EXPERIMENT, OPTIONS, random_control, run
+from experiments.summation_prune import EXPERIMENT, run
+from experiments.summation_recipes import OPTIONS, random_control
 from tinynn.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,6 +213,12 @@ def test_a_collapse_is_counted_apart() -> None:
 def test_the_control_from_scratch_has_one_node() -> None:
     record = run(config(control="scratch", scratch_cycles=2), 0, say_nothing)
     assert record["hidden_nodes"] == 1 and record["ended"].startswith("trained from scratch")
+
+
+def test_a_control_from_scratch_that_diverges_is_a_collapse() -> None:
+    control = config(control="scratch", scratch_cycles=2, loss="mse", lr=1e30)
+    record = run(control, 0, say_nothing)
+    assert record["collapsed"] and record["hidden_nodes"] == 0
 
 
 def test_the_table_has_all_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from tinynn.op import Array
 from tinynn.tensor import Tensor
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
-_LARGEST = 2**53  # of the numbers in a state: whole numbers up to here are exact as floats
+_LARGEST = 2**53  # of the counts in a state: whole numbers up to here are exact as floats
 
 
 class Optimizer:
@@ -158,19 +158,22 @@ class Optimizer:
             seen[id(p)] = i
 
     def _at_least_zero(self, name: str, value: float) -> float:
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{type(self).__name__}: required a finite {name} >= 0; came {value}")
+        if not 0 <= _number(value) < math.inf:
+            raise self._refusal(f"a finite {name} >= 0", value)
         return float(value)
 
     def _share(self, name: str, value: float) -> float:
-        if not 0 <= value < 1:
-            raise ConfigError(f"{type(self).__name__}: required 0 <= {name} < 1; came {value}")
+        if not 0 <= _number(value) < 1:
+            raise self._refusal(f"0 <= {name} < 1", value)
         return float(value)
 
     def _positive(self, name: str, value: float) -> float:
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{type(self).__name__}: required a finite {name} > 0; came {value}")
+        if not 0 < _number(value) < math.inf:
+            raise self._refusal(f"a finite {name} > 0", value)
         return float(value)
+
+    def _refusal(self, required: str, value: object) -> ConfigError:
+        return ConfigError(f"{type(self).__name__}: required {required}; came {value!r:.60}")
 
 
 class SGD(Optimizer):
@@ -451,8 +454,20 @@ def _check_entry(name: str, own: Array | float, came: Array | float) -> None:
         if array.dtype != own.dtype:
             raise DTypeError(f"{name}: required {own.dtype}; came {array.dtype}")
         return
-    kinds = int if isinstance(own, int) else int | float
-    if isinstance(came, bool) or not isinstance(came, kinds) or not 0 <= came <= _LARGEST:
+    number = _number(came)
+    fits = type(came) is int and number <= _LARGEST if isinstance(own, int) else number < math.inf
+    if not fits or not number >= 0:
         raise ConfigError(
-            f"{name}: required {type(own).__name__} from 0 to {_LARGEST}; came {came!r}"
+            f"{name}: required a finite {type(own).__name__} >= 0 (whole ones up to {_LARGEST}); "
+            f"came {came!r:.60}"
         )
+
+
+def _number(value: object) -> float:
+    """A plain number as a float: NaN if it is none, infinity if it is too large for one."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

@@ -10,11 +10,14 @@ Only `Plateau` remembers anything; for the others `observe` does nothing and the
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from tinynn.errors import ConfigError, NonFiniteError
+
+_LARGEST = sys.float_info.max
 
 
 class Schedule:
@@ -209,9 +212,11 @@ class Plateau(Schedule):
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Continue from `state_dict()`; ConfigError if it is not one of a Plateau."""
         fits = set(state) | {"best"} == {"best", "scale", "waited"}
-        if not fits or not all(math.isfinite(v) for v in state.values()):
+        plain = all(type(v) in (int, float) and abs(v) <= _LARGEST for v in state.values())
+        if not fits or not plain or state["waited"] < 0 or not 0 <= state["scale"] <= 1:
             raise ConfigError(
-                f"Plateau: required finite waited, scale and maybe best; came {dict(state)}"
+                "Plateau: required a finite waited >= 0, a scale from 0 to 1 and maybe a finite "
+                f"best; came {dict(state)}"
             )
         self._best = float(state["best"]) if "best" in state else None
         self._waited = int(state["waited"])

@@ -302,4 +302,4 @@ def _owner(array: Array) -> object:
 
 def _read_only(array: Array) -> Array:
     # through a memoryview: a plain view could be made writable again
-    return np.asarray(memoryview(array).toreadonly())
+    return np.asarray(memoryview(array).toreadonly())  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from kernels import memory
 from tinynn.errors import ConfigError, DataError, DTypeError
+from tinynn.generators import generator_state, set_state
 from tinynn.op import Array
 
 _CHECK_BYTES = 1 << 20  # how much of a data set is examined at a time: stays in the cache
@@ -39,7 +40,7 @@ class Batches:
 
     Raises DataError for no rows, different numbers of rows, or values that are not finite (first
     bad row and count); DTypeError for other dtypes or a missing generator; ConfigError for a size
-    below 1 or one that leaves no batch.
+    that is no whole number >= 1 or leaves no batch, or a generator that is not of NumPy's kinds.
     """
 
     def __init__(
@@ -58,14 +59,16 @@ class Batches:
                 f"Batches: required as many rows in y as in x; came x {self._x.shape}, "
                 f"y {self._y.shape}"
             )
-        if size != int(size) or size < 1:
-            raise ConfigError(f"Batches: required a whole size >= 1; came {size}")
+        if not _is_count(size):
+            raise ConfigError(f"Batches: required a whole size >= 1; came {size!r}")
         if drop_last and size > len(self._x):
             raise ConfigError(
                 f"Batches: drop_last with size {size} leaves no batch of {len(self._x)} rows"
             )
-        if shuffle and not isinstance(rng, np.random.Generator):
+        if (shuffle or rng is not None) and not isinstance(rng, np.random.Generator):
             raise DTypeError(f"Batches: shuffle requires a numpy.random.Generator; came {rng!r}")
+        if rng is not None:
+            generator_state(rng)  # refuses a kind whose state cannot be saved
         self.size = int(size)
         self.rng = rng
         self.shuffle = shuffle
@@ -95,21 +98,28 @@ class Batches:
         self._resume = False
         return self._walk(self._epoch)
 
+    def restart(self) -> None:
+        """Forget the epoch under way: the next iteration begins a new one.
+
+        An iterator that is still in use goes on to the end of its own epoch.
+        """
+        self._epoch = None
+        self._resume = False
+
     def take(self, n: int) -> Batches:
         """The first `n` batches as the rows lie, unshuffled; all if there are fewer.
 
         The result refers to the same arrays and may be iterated any number of times.
         """
-        if n < 1:
-            raise ConfigError(f"Batches.take: required n >= 1; came {n}")
+        if not _is_count(n):
+            raise ConfigError(f"Batches.take: required a whole n >= 1; came {n!r}")
         part = copy.copy(self)
         rows = min(n, len(self)) * self.size
         part._x = self._x[:rows]
         part._y = None if self._y is None else self._y[:rows]
         part.shuffle = False
         part.rng = None
-        part._epoch = None
-        part._resume = False
+        part.restart()
         return part
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,7 +131,7 @@ class Batches:
         """
         state: dict[str, Any] = self._identity()
         if self.rng is not None:
-            state["rng"] = _plain(self.rng.bit_generator.state)
+            state["rng"] = generator_state(self.rng)
         if self._epoch is not None:
             state["done"] = self._epoch.done
             state["begun_from"] = self._epoch.begun_from
@@ -144,12 +154,12 @@ class Batches:
         epoch = None
         if "done" in state:
             done = state["done"]
-            if not isinstance(done, int) or not 0 <= done <= len(self):
+            if type(done) is not int or not 0 <= done <= len(self):
                 raise ConfigError(f"Batches: required 0 <= done <= {len(self)}; came {done!r}")
             epoch = self._begin(state["begun_from"])
             epoch.done = done
         if self.rng is not None:
-            self.rng.bit_generator.state = _generator_like(self.rng, state["rng"]).state
+            _set(self.rng, state["rng"])
         self._epoch = epoch
         self._resume = epoch is not None
 
@@ -166,9 +176,10 @@ class Batches:
         if not self.shuffle or self.rng is None:
             return _Epoch(None, None)
         if from_state is None:
-            before = _plain(self.rng.bit_generator.state)
+            before = generator_state(self.rng)
             return _Epoch(self.rng.permutation(len(self._x)), before)
-        then = np.random.Generator(_generator_like(self.rng, from_state))
+        then = copy.deepcopy(self.rng)
+        _set(then, from_state)
         return _Epoch(then.permutation(len(self._x)), from_state)
 
     def _walk(self, epoch: _Epoch) -> Iterator[tuple[Array, Array]]:
@@ -227,23 +238,16 @@ def _check_finite(name: str, rows: Array) -> None:
         )
 
 
-def _generator_like(rng: np.random.Generator, state: Mapping[str, Any]) -> Any:
-    """A bit generator of the kind that `rng` has, in this state."""
-    fresh = type(rng.bit_generator)(0)
+def _set(rng: np.random.Generator, state: Any) -> None:
     try:
-        fresh.state = state
-    except (ValueError, TypeError, LookupError) as error:
-        raise ConfigError(
-            f"Batches: required a state of {type(fresh).__name__}; came {state}"
-        ) from error
-    return fresh
+        set_state(rng, state)
+    except ConfigError as error:
+        raise ConfigError(f"Batches: {error}") from error
 
 
-def _plain(state: Any) -> Any:
-    """A generator's state with lists for arrays."""
-    if isinstance(state, Mapping):
-        return {k: _plain(v) for k, v in state.items()}
-    return state.tolist() if isinstance(state, np.ndarray | np.generic) else state
+def _is_count(value: object) -> bool:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and value >= 1  # type: ignore[operator]
 
 
 def _read_only(array: Array) -> Array:

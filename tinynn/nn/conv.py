@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kernels.geometry import Pair
 from tinynn import init, ops
 from tinynn.errors import ConfigError, ShapeError
-from kernels.geometry import Pair
 from tinynn.nn.layers import Initialiser, ReLU
 from tinynn.nn.module import Module, Parameter, Sequential
 from tinynn.op import Array

@@ -275,7 +275,7 @@ def _says(module: Module | None, flag: str) -> bool:
     """
     if module is None or "forward" in vars(module):
         return False
-    return _class_says(type(module), flag)
+    return _class_says(type(module), flag)  # type: ignore[arg-type]
 
 
 @cache

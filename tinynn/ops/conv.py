@@ -11,7 +11,7 @@ import numpy as np
 from kernels import conv, deconv, depthwise, reference
 from kernels.elementwise import relu_grad
 from kernels.geometry import Padding, Pair, Window, window
-from tinynn.errors import ConfigError, ShapeError
+from tinynn.errors import ConfigError
 from tinynn.op import Array, Op, Sample, Saved, Shape
 from tinynn.ops._common import Operand, tensor
 from tinynn.tensor import Tensor, apply

@@ -82,7 +82,7 @@ class Mse(_Regression):
 
     def forward(self, *arrays: Array) -> tuple[Array, Saved]:
         self._check(*arrays)
-        return np.asarray(self.kernel()(*arrays), arrays[0].dtype), arrays
+        return _number(self.kernel()(*arrays), arrays[0]), arrays
 
     def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
         prediction, target = saved
@@ -106,7 +106,7 @@ class Rmse(_Regression):
     def forward(self, *arrays: Array) -> tuple[Array, Saved]:
         self._check(*arrays)
         root = self.kernel()(*arrays, self.eps)
-        return np.asarray(root, arrays[0].dtype), (*arrays, root)
+        return _number(root, arrays[0]), (*arrays, root)
 
     def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
         prediction, target, root = saved
@@ -150,13 +150,19 @@ class SoftmaxCrossEntropy(Op):
                 f"{row} ({int(wrong.sum())} of {len(labels)} are out of range)"
             )
         value, softmax = self.kernel()(logits, labels, self.smoothing)
-        return np.asarray(value, logits.dtype), (softmax, labels)
+        return _number(value, logits), (softmax, labels)
 
     def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
         softmax, labels = saved
         return kernels.softmax_cross_entropy_grad(
             softmax, labels, self.smoothing, float(grad)
         ), None
+
+
+def _number(value: float, like: Array) -> Array:
+    """A loss in the dtype of its operand; one too large for it is infinite."""
+    with np.errstate(over="ignore"):
+        return np.asarray(value, like.dtype)
 
 
 def _softmax(x: Array, axis: int) -> Array:
