@@ -4,8 +4,9 @@ Nothing is gathered into a matrix first, and no tap outside the image is compute
 the convolution and the gradient by its input; all it needs of either is, along each axis, which
 pixels of the result it makes, and where their taps lie in the image (`_Axis`).
 
-    Y[b, y(u), x(v), n] = max(bias[n] + sum X[b, u sy + t dy - py, v sx + s dx - px, k] W[t, s, k, n])
-                          summed over the taps t, s inside the image and over channels k
+    Y[b, y(u), x(v), n] = bias[n] + sum X[b, u sy + t dy - py, v sx + s dx - px, k] W[t, s, k, n]
+
+summed over the taps t, s inside the image and over channels k.
 
 The convolution is that with y(u) = u. In its gradient by the input the pixels of the result fall
 into stride x stride phases; those of one phase meet the same taps, evenly spaced, and make a
@@ -58,15 +59,12 @@ def _tiles(mr: int, nr: int) -> Any:
             r, g = task // groups, task % groups
             for p in range(panels * g // groups, panels * (g + 1) // groups):
                 n, part = first + p * W, min(W, cols - p * W)
-                for bu in range(r * block * U, min(B, (r + 1) * block) * U):
-                    b, u = bu // U, bu % U
-                    t_lo = max(0, (py - u * sy + dy - 1) // dy)
-                    t_hi = min(TY, (height + py - u * sy + dy - 1) // dy)
+                for b in range(r * block, min(B, (r + 1) * block)):
                     for m in range(0, V, mr):
                         v = max(0, min(m, V - mr))
                         hi = min(mr, V - v)
                         left, right = px - v * sx, px - (v + hi - 1) * sx
-                        # taps that all pixels have: f_lo <= s < f_hi; that any has: s_lo, s_hi
+                        # taps that all pixels have: f_lo <= s < f_hi; that any has: s_lo <= s < s_hi
                         s_lo = max(0, (right + dx - 1) // dx)
                         s_hi = min(TX, (width + left + dx - 1) // dx)
                         f_lo = max(s_lo, (left + dx - 1) // dx)
@@ -74,38 +72,45 @@ def _tiles(mr: int, nr: int) -> Any:
                         if hi < mr or f_hi < f_lo:
                             f_lo = f_hi = s_hi
                         runs, length = (1, (f_hi - f_lo) * C) if dx == 1 else (f_hi - f_lo, C)
-                        acc = simd.zeros(mr, nr, Y)
-                        for t in range(t_lo, t_hi):
-                            at = ((b * height + u * sy + t * dy - py) * width - left) * C
-                            ip = (p * TY + t) * TX * C * W
+                        whole = v == m and hi == mr and part == W
+                        for u in range(U):
+                            t_lo = max(0, (py - u * sy + dy - 1) // dy)
+                            t_hi = min(TY, (height + py - u * sy + dy - 1) // dy)
+                            at = ((b * height + u * sy - py) * width - left) * C
+                            acc = simd.zeros(mr, nr, Y)
+                            for t in range(t_lo, t_hi):
+                                for run in range(runs):
+                                    ix = at + (t * dy * width + (f_lo + run) * dx) * C
+                                    ip = ((p * TY + t) * TX + f_lo + run) * C * W
+                                    for _ in range(length):
+                                        simd.rolled()
+                                        acc = simd.rank1(acc, X, ix, sx * C, P, ip)
+                                        ix += 1
+                                        ip += W
                             for s in range(s_lo, s_hi):
                                 if f_lo <= s < f_hi:
                                     continue
                                 lo_row = max(0, (left - s * dx + sx - 1) // sx)
                                 hi_row = min(hi, (width + left - s * dx + sx - 1) // sx)
-                                ix, iw = at + s * dx * C, ip + s * C * W
-                                for k in range(C):
-                                    simd.rolled()
-                                    acc = simd.rank1_rows(
-                                        acc, X, ix + k, sx * C, P, iw + k * W, lo_row, hi_row
-                                    )
-                            for run in range(runs):
-                                ix = at + (f_lo + run) * dx * C
-                                iw = ip + (f_lo + run) * C * W
-                                for _ in range(length):
-                                    simd.rolled()
-                                    acc = simd.rank1(acc, X, ix, sx * C, P, iw)
-                                    ix += 1
-                                    iw += W
-                        iy = ((b * OH + y0 + u * ys) * OW + x0 + v * xs) * N + n
-                        if v == m and hi == mr and part == W:
-                            acc = simd.add(acc, simd.load(1, nr, bias, n, 0))
-                            acc = simd.maximum(acc, simd.fill(1, nr, Y, low))
-                            simd.store(acc, Y, iy, xs * N)
-                        else:
-                            acc = simd.add(acc, simd.load_part(1, nr, bias, n, 0, 0, 1, part))
-                            acc = simd.maximum(acc, simd.fill(1, nr, Y, low))
-                            simd.store_part(acc, Y, iy, xs * N, m - v, hi, part)
+                                for t in range(t_lo, t_hi):
+                                    ix = at + (t * dy * width + s * dx) * C
+                                    ip = ((p * TY + t) * TX + s) * C * W
+                                    for _ in range(C):
+                                        simd.rolled()
+                                        acc = simd.rank1_rows(
+                                            acc, X, ix, sx * C, P, ip, lo_row, hi_row
+                                        )
+                                        ix += 1
+                                        ip += W
+                            iy = ((b * OH + y0 + u * ys) * OW + x0 + v * xs) * N + n
+                            if whole:
+                                acc = simd.add(acc, simd.load(1, nr, bias, n, 0))
+                                acc = simd.maximum(acc, simd.fill(1, nr, Y, low))
+                                simd.store(acc, Y, iy, xs * N)
+                            else:
+                                acc = simd.add(acc, simd.load_part(1, nr, bias, n, 0, 0, 1, part))
+                                acc = simd.maximum(acc, simd.fill(1, nr, Y, low))
+                                simd.store_part(acc, Y, iy, xs * N, m - v, hi, part)
 
     return tiles
 
@@ -116,9 +121,9 @@ def _tile_kernel(mr: int, nr: int) -> Variants:
 
 
 class _Axis(NamedTuple):
-    """Along rows or columns: `count` pixels first + i step, with taps at i stride + t gap - shift."""
+    """Pixels first + i step along rows or columns, i < length: taps at i stride + t gap - shift."""
 
-    count: int
+    length: int
     first: int
     step: int
     taps: int
@@ -139,9 +144,9 @@ def _convolve(
     rows, columns = axes
     n, depth = w.shape[3], math.prod(w.shape[:3])
     added = np.zeros(n, x.dtype) if bias is None else bias
-    macs = len(x) * rows.count * columns.count * w.size
+    macs = len(x) * rows.length * columns.length * w.size
     block = max(1, min(len(x), _BLOCK_BYTES * len(x) // max(1, x.nbytes)))
-    for part in _cuts(columns.count, n, simd.LANES * 4 // x.itemsize, 0.0):
+    for part in _cuts(columns.length, n, simd.LANES * 4 // x.itemsize, 16):
         panel = _aligned((part.panels, depth, part.width), x.dtype)
         if panel.size:
             flat = w.reshape(depth, n)
@@ -174,22 +179,23 @@ class _Part(NamedTuple):
     panels: int
 
 
-_HEIGHTS = (16, 14, 12, 8, 7, 6, 4, 3, 2, 1)
 _REGISTERS = simd.TILE[0] * simd.TILE[1]  # for sums
 
 
 @lru_cache(4096)
-def _cuts(rows: int, channels: int, lanes: int, overhead: float) -> tuple[_Part, ...]:
-    """Tiles over rows x channels that do the least superfluous work.
+def _cuts(
+    rows: int, channels: int, lanes: int, most: int, overhead: float = 1.0
+) -> tuple[_Part, ...]:
+    """Tiles of at most `most` rows over rows x channels that do the least superfluous work.
 
-    `overhead`: of a tile's loop, in vector operations a step.
+    `overhead`: of a loop over tiles, in vector operations a step.
     """
 
     def height(nr: int) -> tuple[float, int]:
         """Cost of one panel a step, and the tile's height."""
         each = nr or 0.5
-        fitting = [h for h in _HEIGHTS if h * max(1, nr) <= max(_REGISTERS, 16)]
-        return min((-(-rows // h) * (max(h * each, 5) + 1 + overhead), -h) for h in fitting)
+        heights = range(1, min(most, 16 if nr < 2 else 8, _REGISTERS // max(1, nr)) + 1)
+        return min((-(-rows // h) * (max(h * each, 5) + overhead), -h) for h in heights)
 
     halves = simd.LANES >= 8
     best: tuple[float, list[tuple[int, int, int]]] = (math.inf, [])
@@ -304,7 +310,7 @@ def conv2d(
 
     x (B, H, W, C), w (KH, KW, C, N), bias (N,) or None -> (B, OH, OW, N), all sizes at least 1;
     iy = oy stride - padding + ky dilation, ix likewise, where they lie in the image. NaN passes.
-    Raises ValueError for shapes that do not fit, TypeError for arrays of other dtypes than one float.
+    Raises ValueError for shapes that do not fit, TypeError unless all are of one float dtype.
     """
     if x.ndim != 4 or w.shape[:3] != (*win.kernel, x.shape[3]) or w.ndim != 4:
         raise ValueError(
@@ -328,7 +334,7 @@ def conv2d(
 def conv2d_input_grad(
     grad: np.ndarray, w: np.ndarray, shape: Sequence[int], win: Window
 ) -> np.ndarray:
-    """gx[b, iy, ix, c] = sum over the taps that read it, and n, of grad[b, oy, ox, n] w[ky, kx, c, n].
+    """gx[b, iy, ix, c] = sum of grad[b, oy, ox, n] w[ky, kx, c, n] over n and taps that read it.
 
     grad (B, OH, OW, N), w (KH, KW, C, N) -> (B, H, W, C), which is `shape`.
     """
@@ -391,7 +397,7 @@ def conv2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.ndarr
     sums = memory.empty((chunks, KH, KW // span, span * C, N), x.dtype)
     block = max(1, _BLOCK_BYTES * B // (x.nbytes + grad.nbytes))
     rows, columns = ((win.stride[a], win.dilation[a], win.padding[a][0]) for a in (0, 1))
-    for part in _cuts(span * C, N, simd.LANES * 4 // x.itemsize, 8 / OW):
+    for part in _cuts(span * C, N, simd.LANES * 4 // x.itemsize, span * C, 1 + 8 / OW):
         source, origin, step, ld = grad, part.first, part.width, N
         if part.cols % part.width:
             source = _aligned((part.panels, B * OH * OW, part.width), x.dtype)
@@ -443,13 +449,12 @@ def _phases(size: int, win: Window, axis: int) -> list[tuple[_Axis, list[int]]]:
     """
     s, d, k = win.stride[axis], win.dilation[axis], win.kernel[axis]
     p = win.padding[axis][0]
-    every, gap = s // math.gcd(s, d), d // math.gcd(s, d)
+    gap = d // math.gcd(s, d)
     phases = []
     for f in range(min(s, size)):
         taps = [t for t in range(k) if (f + p - t * d) % s == 0][::-1]
         last = taps[0] if taps else 0
         shift = -((f + p - last * d) // s)
         count = (size - f + s - 1) // s
-        assert all(a - b == every for a, b in zip(taps, taps[1:], strict=False))
         phases.append((_Axis(count, f, s, len(taps), 1, gap, shift), taps))
     return phases
