@@ -44,39 +44,29 @@ _CHUNK_PIXELS = 1024  # of a sum over pixels, at least
 
 def _tiles(mr: int, nr: int) -> Any:
     def tiles(X, P, bias, low, Y, rows, columns, first, cols, block, groups):
-        # Y[b, y(u), x(v), first + n] = max(bias[first + n] + sum_{t, s, k}
-        #     X[b, u sy + t dy - py, v sx + s dx - px, k] P[n // W, t, s, k, n % W], low)
-        # y(u) = y0 + u ys, x(v) = x0 + v xs;  0 <= n < cols, W = nr L or L / 2
+        # Y[b, y, x + i xs, first + n] = max(bias[first + n] + sum_{t, s, k}
+        #     X[b, up + t dy, left + i sx + s dx, k] P[n // W, t, s, k, n % W], low)
+        # for each (y, up, t_lo, t_hi) in rows.table, t_lo <= t < t_hi, and each tile of mr pixels
+        # i in columns.table: see `_Axis.table`;  0 <= n < cols, W = nr L or L / 2
         # X (B, H, V, C), Y (B, OH, OW, N), P (panels, TY TX C, W), bias (N,)
         B, height, width, C = X.shape
         OH, OW, N = Y.shape[1:]
-        U, y0, ys, TY, sy, dy, py = rows
-        V, x0, xs, TX, sx, dx, px = columns
+        R, _, TY, _, dy = rows
+        T, xs, TX, sx, dx = columns
         W = nr * simd.lanes(Y) if nr else simd.lanes(Y) // 2
         panels = (cols + W - 1) // W
-        blocks = (B + block - 1) // block
-        for task in prange(blocks * groups):
+        for task in prange((B + block - 1) // block * groups):
             r, g = task // groups, task % groups
             for p in range(panels * g // groups, panels * (g + 1) // groups):
                 n, part = first + p * W, min(W, cols - p * W)
                 for b in range(r * block, min(B, (r + 1) * block)):
-                    for m in range(0, V, mr):
-                        v = max(0, min(m, V - mr))
-                        hi = min(mr, V - v)
-                        left, right = px - v * sx, px - (v + hi - 1) * sx
-                        # taps that all pixels have: f_lo <= s < f_hi; that any has: s_lo <= s < s_hi
-                        s_lo = max(0, (right + dx - 1) // dx)
-                        s_hi = min(TX, (width + left + dx - 1) // dx)
-                        f_lo = max(s_lo, (left + dx - 1) // dx)
-                        f_hi = min(s_hi, (width + right + dx - 1) // dx)
-                        if hi < mr or f_hi < f_lo:
-                            f_lo = f_hi = s_hi
-                        runs, length = (1, (f_hi - f_lo) * C) if dx == 1 else (f_hi - f_lo, C)
-                        whole = v == m and hi == mr and part == W
-                        for u in range(U):
-                            t_lo = max(0, (py - u * sy + dy - 1) // dy)
-                            t_hi = min(TY, (height + py - u * sy + dy - 1) // dy)
-                            at = ((b * height + u * sy - py) * width - left) * C
+                    for u in range(len(R)):
+                        y, up, t_lo, t_hi = R[u, 0], R[u, 1], R[u, 3], R[u, 4]
+                        for m in range(len(T)):
+                            left, done, hi = T[m, 1], T[m, 2], T[m, 7]
+                            f_lo, f_hi = T[m, 5], T[m, 6]
+                            at = ((b * height + up) * width + left) * C
+                            runs, length = (1, (f_hi - f_lo) * C) if dx == 1 else (f_hi - f_lo, C)
                             acc = simd.zeros(mr, nr, Y)
                             for t in range(t_lo, t_hi):
                                 for run in range(runs):
@@ -87,30 +77,29 @@ def _tiles(mr: int, nr: int) -> Any:
                                         acc = simd.rank1(acc, X, ix, sx * C, P, ip)
                                         ix += 1
                                         ip += W
-                            for s in range(s_lo, s_hi):
+                            for s in range(T[m, 3], T[m, 4]):
                                 if f_lo <= s < f_hi:
                                     continue
-                                lo_row = max(0, (left - s * dx + sx - 1) // sx)
-                                hi_row = min(hi, (width + left - s * dx + sx - 1) // sx)
+                                row_lo, row_hi = T[m, 8 + 2 * s], T[m, 9 + 2 * s]
                                 for t in range(t_lo, t_hi):
                                     ix = at + (t * dy * width + s * dx) * C
                                     ip = ((p * TY + t) * TX + s) * C * W
                                     for _ in range(C):
                                         simd.rolled()
                                         acc = simd.rank1_rows(
-                                            acc, X, ix, sx * C, P, ip, lo_row, hi_row
+                                            acc, X, ix, sx * C, P, ip, row_lo, row_hi
                                         )
                                         ix += 1
                                         ip += W
-                            iy = ((b * OH + y0 + u * ys) * OW + x0 + v * xs) * N + n
-                            if whole:
+                            iy = ((b * OH + y) * OW + T[m, 0]) * N + n
+                            if done == 0 and hi == mr and part == W:
                                 acc = simd.add(acc, simd.load(1, nr, bias, n, 0))
                                 acc = simd.maximum(acc, simd.fill(1, nr, Y, low))
                                 simd.store(acc, Y, iy, xs * N)
                             else:
                                 acc = simd.add(acc, simd.load_part(1, nr, bias, n, 0, 0, 1, part))
                                 acc = simd.maximum(acc, simd.fill(1, nr, Y, low))
-                                simd.store_part(acc, Y, iy, xs * N, m - v, hi, part)
+                                simd.store_part(acc, Y, iy, xs * N, done, hi, part)
 
     return tiles
 
@@ -130,6 +119,32 @@ class _Axis(NamedTuple):
     stride: int
     gap: int
     shift: int
+
+
+@lru_cache(1024)
+def _table(axis: _Axis, size: int, height: int) -> np.ndarray:
+    """Where the tiles of `height` pixels lie on an axis, and their taps in an image of this size.
+
+    A row for each tile: its first pixel; where tap 0 of that lies; the pixels that the tile before
+    has done; the taps lo, hi that any of its pixels has inside the image; those that all have; its
+    number of pixels; then for each tap the pixels lo, hi that have it.
+    """
+    rows = []
+    for m in range(0, axis.length, height):
+        i = max(0, min(m, axis.length - height))
+        count = min(height, axis.length - i)
+        at = i * axis.stride - axis.shift
+        bounds = []
+        for t in range(axis.taps):  # 0 <= at + j stride + t gap < size
+            start = at + t * axis.gap
+            lo = min(count, max(0, -(start // axis.stride)))
+            bounds.append((lo, max(lo, min(count, -((start - size) // axis.stride)))))
+        some = [t for t, (lo, hi) in enumerate(bounds) if lo < hi]
+        full = [t for t, (lo, hi) in enumerate(bounds) if hi - lo == height]
+        limits = [n for taps in (some, full) for n in ((taps[0], taps[-1] + 1) if taps else (0, 0))]
+        first = axis.first + i * axis.step
+        rows.append((first, at, m - i, *limits, count, *(n for pair in bounds for n in pair)))
+    return np.array(rows, np.int64)
 
 
 def _convolve(
@@ -159,8 +174,14 @@ def _convolve(
             added,
             x.dtype.type(low),
             y,
-            tuple(rows),
-            tuple(columns),
+            (_table(rows, x.shape[1], 1), 1, rows.taps, 1, rows.gap),
+            (
+                _table(columns, x.shape[2], part.mr),
+                columns.step,
+                columns.taps,
+                columns.stride,
+                columns.gap,
+            ),
             part.first,
             part.cols,
             share,
