@@ -582,6 +582,24 @@ def greater(typing, x, y, p, q):
 
 
 @_intrinsic
+def above(typing, x, y, p, q):
+    """p where x > y, or x is NaN and y is not; else q. p and q of one type, with x's lanes."""
+    _tile("above", x, y, p, q)
+    if x != y or p != q or (x.mr, x.nr, x.lanes) != (p.mr, p.nr, p.lanes):
+        raise TypingError(f"simd.above: {x}, {y}, {p}, {q} do not fit")
+
+    def emit(code, *tiles):
+        def pick(a, b, c, d):
+            known = code.builder.fcmp_ordered("ord", b, b)
+            wins = code.builder.and_(code.builder.fcmp_unordered(">", a, b), known)
+            return code.builder.select(wins, c, d)
+
+        return [[pick(*v) for v in zip(*r, strict=True)] for r in zip(*tiles, strict=True)]
+
+    return _primitive(p, (x, y, p, q), emit)
+
+
+@_intrinsic
 def gate(typing, g, y):
     """0 where y <= 0, else g: the gradient of ReLU from its result y, NaN in y lets g pass."""
 
