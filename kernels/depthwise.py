@@ -40,14 +40,14 @@ _TASKS = 16  # wanted at least; also the most chunks of a sum
 _TILES = (8, 6, 4)  # rows of a tile to choose from: for few registers, and little left over
 _SUM_TILE = 4
 _BLOCK_BYTES = 16 * 1024  # of one vector of channels: a block of rows in the first-level cache
-_FIELDS = 10  # of a phase: see _correlate
+_STREAM_BYTES = 8 << 20  # results from here on leave no room in the caches for what they displace
 
 
 # --- kernels --------------------------------------------------------------------------------------
 
 
 def _correlate(mr: int, kw: int, step: int, narrow: bool) -> Any:
-    def correlate(X, W, bias, low, Y, phases, parts):
+    def correlate(X, W, bias, low, Y, phases, parts, streaming):
         # Y[b, qy + oy py, qx + ox px, c] = max(bias[c] + sum_{ky, kx} X[b, iy, ix, c] w[ky, kx, c], low)
         # iy = oy sy - top + ky dy, ix = ox sx - left + kx dx, where they lie inside X; w from W[first]
         # X (B, H, N, C), Y (B, OH, ON, C), W (taps, C), bias (C,); narrow: C < L, W and bias up to L
@@ -66,9 +66,14 @@ def _correlate(mr: int, kw: int, step: int, narrow: bool) -> Any:
                 for oy in range(rows * part // parts, rows * (part + 1) // parts):
                     y0 = oy * sy - top
                     ky_lo, ky_hi = max(0, -(y0 // dy)), min(KH, -((y0 - H) // dy))
-                    for c0 in range(0, C, L):
-                        c = max(0, min(c0, C - L))  # the last moves back
-                        for ox in range(0, columns, mr):
+                    ahead = (b * H + y0 + (KH - 1) * dy + 1) * N  # rows that the next oy needs
+                    for ox in range(0, columns, mr):
+                        for c0 in range(0, C, L):
+                            c = max(0, min(c0, C - L))  # the last moves back
+                            for r in range(sy):
+                                for s in range(sx):
+                                    ix = (ahead + r * N + ox * sx + s) * C + c
+                                    simd.prefetch(mr, X, ix, sx * C)
                             acc = simd.load(mr, 1, bias, c, 0)
                             for ky in range(ky_lo, ky_hi):
                                 row = (b * H + y0 + ky * dy) * N
@@ -89,10 +94,14 @@ def _correlate(mr: int, kw: int, step: int, narrow: bool) -> Any:
                                             acc = simd.slide(acc, w, step, X, ix, ld, lo, hi, 0)
                             acc = simd.maximum(acc, simd.fill(1, 1, Y, low))
                             iy = ((b * OH + qy + oy * py) * ON + qx + ox * px) * C + c
-                            if ox + mr <= columns and not narrow:
-                                simd.store(acc, Y, iy, px * C)
-                            else:
+                            if narrow or ox + mr > columns:
                                 simd.store_part(acc, Y, iy, px * C, 0, columns - ox, C - c)
+                            elif streaming:
+                                simd.stream(acc, Y, iy, px * C)
+                            else:
+                                simd.store(acc, Y, iy, px * C)
+            if streaming:
+                simd.fence()
 
     return correlate
 
@@ -114,6 +123,7 @@ def _sums(mr: int, kw: int, step: int, copies: int, narrow: bool) -> Any:
             for block in range(B * parts * chunk // chunks, B * parts * (chunk + 1) // chunks):
                 b, part = block // parts, block % parts
                 first, end = OH * part // parts, OH * (part + 1) // parts
+                ahead = end - first
                 for v in range(vectors):
                     c = max(0, min(v * L, C - L))  # the last moves back
                     for ky in range(KH):
@@ -142,6 +152,12 @@ def _sums(mr: int, kw: int, step: int, copies: int, narrow: bool) -> Any:
                                         ox += 1
                                     else:
                                         t = simd.load(mr, 1, G, ig + ox * C, C)
+                                        if ky == KH // 2 and g == 0:
+                                            simd.prefetch(mr, G, ig + ox * C + ahead * ON * C, C)
+                                            for r in range(sy):
+                                                for s in range(sx):
+                                                    i = ((ahead * sy + r) * N + s) * C + ix
+                                                    simd.prefetch(mr, X, i, sx * C)
                                         if x0 >= 0 and last < N:
                                             acc = simd.slide_sums(
                                                 acc, t, step, kw, X, ix, ld, 0, 99, 0
@@ -190,22 +206,23 @@ class _Plan(NamedTuple):
     tile: int
     kw: int
     step: int
-    weights: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # rows, columns by phase
+    order: np.ndarray | None  # of the weights by phase, where it is not theirs
 
 
-def _plan(axes: list[tuple[_Axis, _Axis]], stride: tuple[int, int]) -> _Plan:
-    first, table, weights = 0, [], []
+def _plan(axes: list[tuple[_Axis, _Axis]], stride: tuple[int, int], width: int) -> _Plan:
+    """The phases of a kernel with rows of this width."""
+    table, order = [], []
     for y, x in axes:
         sizes = [(a.q, a.p, a.count, len(a.taps), a.before) for a in (y, x)]
-        table.append((first, *stride, y.d, x.d, *sizes[0], *sizes[1]))
-        weights.append((y.taps, x.taps))
-        first += len(y.taps) * len(x.taps)
+        table.append((len(order), *stride, y.d, x.d, *sizes[0], *sizes[1]))
+        order += [ky * width + kx for ky in y.taps for kx in x.taps]
     columns = max(x.count for _, x in axes)
     tile = min(_TILES, key=lambda mr: -(-columns // mr) * mr)
     kw, step = _special(len(axes[0][1].taps), stride[1], axes[0][1].d)
     if len(axes) > 1:
         kw, step = 1, 1
-    return _Plan(np.array(table, np.int64), tile, kw, step, tuple(weights))
+    moved = order != list(range(len(order)))
+    return _Plan(np.array(table), tile, kw, step, np.array(order) if moved else None)
 
 
 def _special(kernel: int, stride: int, dilation: int) -> tuple[int, int]:
@@ -222,7 +239,7 @@ def _forward_plan(height: int, width: int, win: Window) -> _Plan:
             (rows, columns), win.kernel, win.padding, win.dilation, strict=True
         )
     )
-    return _plan([(y, x)], win.stride)
+    return _plan([(y, x)], win.stride, win.kernel[1])
 
 
 @lru_cache(1024)
@@ -238,7 +255,7 @@ def _backward_plan(height: int, width: int, win: Window) -> _Plan:
             origin = (r + before - taps[0] * d) // s if taps else 0
             phases.append(_Axis(r, s, -(-(n - r) // s), taps, -origin, d // math.gcd(s, d)))
         by_axis.append(phases)
-    return _plan([(y, x) for y in by_axis[0] for x in by_axis[1]], (1, 1))
+    return _plan([(y, x) for y in by_axis[0] for x in by_axis[1]], (1, 1), win.kernel[1])
 
 
 def _run(
@@ -246,31 +263,40 @@ def _run(
     w: np.ndarray,
     bias: np.ndarray | None,
     low: float,
-    shape: Sequence[int],
+    shape: tuple[int, ...],
     plan: _Plan,
 ) -> np.ndarray:
     """x (B, H, W, C), w (KH, KW, C), bias (C,) -> (B, OH, OW, C)."""
-    batch, channels = x.shape[0], x.shape[3]
-    width = max(channels, simd.LANES * 4 // x.itemsize)
-    KH, KW = w.shape[:2]
-    flat = w.reshape(KH * KW, channels)
-    order = [ky * KW + kx for rows, columns in plan.weights for ky in rows for kx in columns]
-    if order != list(range(KH * KW)):
-        flat = flat[order]
-    added = np.zeros(width, x.dtype)
-    if bias is not None:
-        added[:channels] = bias
-    narrow = width > channels
+    channels, taps = x.shape[3], len(w) * w.shape[1]
+    flat = w.reshape(taps, channels)
+    if plan.order is not None:
+        flat = flat[plan.order]
+    lanes = simd.LANES * 4 // x.itemsize
+    narrow = channels < lanes
+    if bias is None:
+        bias = _zeros(channels, x.dtype)
     if narrow:
-        padded = np.zeros((len(flat), width), x.dtype)
-        padded[:, :channels] = flat
-        flat = padded
-    y = memory.empty(tuple(shape), x.dtype)
-    parts = min(shape[1], max(1, _TASKS // batch))
+        flat, bias = (_widened(a, lanes) for a in (flat, bias))
+    y = memory.empty(shape, x.dtype)
+    parts = min(shape[1], max(1, _TASKS // shape[0]))
     kernel = _correlate_kernel(plan.tile, plan.kw, plan.step, narrow)
-    # Some rows of y may have no tap at all: flat may be empty, and is then not read.
-    kernel.choose(x.nbytes + y.nbytes)(x, flat, added, x.dtype.type(low), y, plan.table, parts)
+    streaming = y.nbytes >= _STREAM_BYTES
+    kernel.choose(x.nbytes + y.nbytes)(
+        x, flat, bias, x.dtype.type(low), y, plan.table, parts, streaming
+    )
     return y
+
+
+@lru_cache(64)
+def _zeros(count: int, dtype: Any) -> np.ndarray:
+    return np.zeros(count, dtype)
+
+
+def _widened(a: np.ndarray, lanes: int) -> np.ndarray:
+    """The last axis filled up to whole vectors."""
+    wide = np.zeros((*a.shape[:-1], lanes), a.dtype)
+    wide[..., : a.shape[-1]] = a
+    return wide
 
 
 # --- public ---------------------------------------------------------------------------------------

@@ -300,6 +300,21 @@ def load_part(typing, mr, nr, X, ix, ld, lo, hi, cols):
 
 
 @_intrinsic
+def prefetch(typing, mr, X, ix, ld):
+    """Asks for the cache lines of X[ix + i ld], i < mr, ahead of their use; any address will do."""
+    _array("prefetch", X, *SCALARS)
+    count = constant(mr)
+
+    def emit(code, mr, X, ix, ld):
+        for i in range(count):
+            pointer = code.builder.bitcast(code.at(X, ix, i, ld), I8.as_pointer())
+            args = (pointer, I32(0), I32(3), I32(1))  # to read, into all levels, data
+            code.call("llvm.prefetch.p0", ir.VoidType(), *args)
+
+    return _primitive(types.void, (mr, X, _N, _N), emit)
+
+
+@_intrinsic
 def spread(typing, mr, X, ix, ld):
     """x[i, 0, l] = X[ix + i ld]: one number a row, in every lane."""
     _array("spread", X, *SCALARS)
