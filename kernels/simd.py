@@ -300,6 +300,21 @@ def load_part(typing, mr, nr, X, ix, ld, lo, hi, cols):
 
 
 @_intrinsic
+def prefetch(typing, mr, X, ix, ld):
+    """Asks for the cache lines of X[ix + i ld], i < mr, ahead of their use; any address will do."""
+    _array("prefetch", X, *SCALARS)
+    count = constant(mr)
+
+    def emit(code, mr, X, ix, ld):
+        for i in range(count):
+            pointer = code.builder.bitcast(code.at(X, ix, i, ld), I8.as_pointer())
+            args = (pointer, I32(0), I32(3), I32(1))  # to read, into all levels, data
+            code.call("llvm.prefetch.p0", ir.VoidType(), *args)
+
+    return _primitive(types.void, (mr, X, _N, _N), emit)
+
+
+@_intrinsic
 def spread(typing, mr, X, ix, ld):
     """x[i, 0, l] = X[ix + i ld]: one number a row, in every lane."""
     _array("spread", X, *SCALARS)
@@ -409,6 +424,84 @@ def dot4_rows(typing, acc, A, ia, lda, B, ib, lo, hi):
     return _dot4("dot4_rows", acc, A, B, lo, hi)
 
 
+def _columns(code: Any, x: Any, count: int, bounds: Any, static: Any, column: Any) -> Any:
+    """Apply column(c, x), which gives new vectors by row, for each c < count within the bounds."""
+    x, b = [list(row) for row in x], code.builder
+    for c in range(count):
+        if static:
+            if static[0] <= c < static[1]:
+                for i, v in column(c, x).items():
+                    x[i] = [v]
+            continue
+        lo, hi = bounds
+        inside = b.and_(b.icmp_signed("<=", lo, I64(c)), b.icmp_signed("<", I64(c), hi))
+        before = b.block
+        with b.if_then(inside):
+            new, end = column(c, x), b.block
+        for i, v in new.items():
+            phi = b.phi(v.type)
+            phi.add_incoming(x[i][0], before)
+            phi.add_incoming(v, end)
+            x[i] = [phi]
+    return x
+
+
+def _slide(name: str, acc: Any, X: Any, cols: Any, *tiles: Any) -> Any:
+    """How a column of X is loaded: whole, or its first `cols` elements where cols is no constant."""
+    _tile(name, acc, *tiles)
+    _array(name, X, acc.dtype)
+    part = not isinstance(cols, types.IntegerLiteral)
+
+    def load(code, X, ix, ld, c, cols):
+        if part:
+            return code.masked(code.at(X, ix, c, ld), acc.vector, code.mask(cols, acc.lanes))
+        return code.load(code.at(X, ix, c, ld), acc.vector)
+
+    return load, _N if part else cols
+
+
+@_intrinsic
+def slide(typing, acc, w, step, X, ix, ld, lo, hi, cols):
+    """acc[o] += sum_k w[k] x[o step + k], x[c] = X[ix + c ld : + L], of columns lo <= c < hi only.
+
+    acc and w have one vector a row, step is a constant. Each x[c] is loaded once; only its first
+    `cols` elements, unless that is a constant. Constant lo and hi save the branches.
+    """
+    load, kind = _slide("slide", acc, X, cols, w)
+    S, static = constant(step), static_bounds(lo, hi)
+
+    def emit(code, acc, w, step, X, ix, ld, lo, hi, cols):
+        def column(c, rows):
+            pairs = [(o, c - o * S) for o in range(len(rows)) if 0 <= c - o * S < len(w)]
+            x = load(code, X, ix, ld, c, cols) if pairs else None
+            return {o: code.fma(x, w[k][0], rows[o][0]) for o, k in pairs}
+
+        return _columns(code, acc, (len(acc) - 1) * S + len(w), (lo, hi), static, column)
+
+    return _primitive(acc, (acc, w, step, X, _N, _N, *_bounds(lo, hi), kind), emit)
+
+
+@_intrinsic
+def slide_sums(typing, acc, g, step, taps, X, ix, ld, lo, hi, cols):
+    """acc[r taps + k] += sum_o g[o] x[o step + k] of o with o % (mr / taps) = r; see `slide`.
+
+    Several sums for each k, so that additions need not wait for each other.
+    """
+    load, kind = _slide("slide_sums", acc, X, cols, g)
+    S, K, static = constant(step), constant(taps), static_bounds(lo, hi)
+
+    def emit(code, acc, g, step, taps, X, ix, ld, lo, hi, cols):
+        def column(c, rows):
+            pairs = [(o, c - o * S) for o in range(len(g)) if 0 <= c - o * S < K]
+            x = load(code, X, ix, ld, c, cols) if pairs else None
+            target = {o: o * K % len(rows) + k for o, k in pairs}
+            return {i: code.fma(x, g[o][0], rows[i][0]) for o, i in target.items()}
+
+        return _columns(code, acc, (len(g) - 1) * S + K, (lo, hi), static, column)
+
+    return _primitive(acc, (acc, g, step, taps, X, _N, _N, *_bounds(lo, hi), kind), emit)
+
+
 @_intrinsic
 def rolled(typing):
     """No instruction: LLVM leaves the loop that calls it as it is.
@@ -501,6 +594,24 @@ def greater(typing, x, y, p, q):
     return _elementwise(
         "greater", lambda code, a, b, c, d: _select(code, ">", a, b, c, d), x, y, p, q
     )
+
+
+@_intrinsic
+def above(typing, x, y, p, q):
+    """p where x > y, or x is NaN and y is not; else q. p and q of one type, with x's lanes."""
+    _tile("above", x, y, p, q)
+    if x != y or p != q or (x.mr, x.nr, x.lanes) != (p.mr, p.nr, p.lanes):
+        raise TypingError(f"simd.above: {x}, {y}, {p}, {q} do not fit")
+
+    def emit(code, *tiles):
+        def pick(a, b, c, d):
+            known = code.builder.fcmp_ordered("ord", b, b)
+            wins = code.builder.and_(code.builder.fcmp_unordered(">", a, b), known)
+            return code.builder.select(wins, c, d)
+
+        return [[pick(*v) for v in zip(*r, strict=True)] for r in zip(*tiles, strict=True)]
+
+    return _primitive(p, (x, y, p, q), emit)
 
 
 @_intrinsic
