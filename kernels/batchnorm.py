@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numba import prange
@@ -27,6 +28,7 @@ from kernels._jit import Variants, jit, prepared
 
 _NV = 4  # vectors of a tile: enough independent sums to hide the latency of an addition
 _BLOCK = 128  # rows summed in the arrays' dtype
+_STEP_BYTES = 16 * 1024  # gone through tile by tile
 _CHUNKS = 16  # at most: parts that threads share
 _CHUNK_ROWS = 64  # at least
 _SHIFT_ROWS = 16  # whose mean the shift is
@@ -36,7 +38,9 @@ _FOLDED_ROWS = 8  # at least, or too much of the array is in the row that is cut
 
 # --- chunks of rows -------------------------------------------------------------------------------
 #
-# X, Y, G, D are flat, n = (R - 1) F < size <= R F. In the tails what is masked off is 0 everywhere.
+# X, Y, G, D are flat, (R - 1) F < size <= R F. Rows of V, part and total have P elements, F rounded
+# up to whole tiles. A few rows at a time, which stay in the first-level cache, are gone through
+# tile by tile. In tails, what is masked off is 0.
 
 
 @jit
@@ -48,34 +52,36 @@ def _rows(c, chunks, n, F):
 
 
 @jit
-def _add_block(part, total, j, count, W):
-    # total[k, j + i] += part[k W + i], k = 0, 1;  part (2 W,), total (2, F) float64
-    for i in range(count):
-        total[0, j + i] += part[i]
-        total[1, j + i] += part[W + i]
+def _clear(sums):
+    for k in range(sums.shape[0]):
+        for i in range(sums.shape[1]):
+            sums[k, i] = 0
 
 
 @jit
-def _clear(total):
-    for i in range(total.shape[1]):
-        total[0, i] = 0.0
-        total[1, i] = 0.0
+def _add_block(part, total):
+    # total[k, i] += part[k, i];  part[k, i] = 0;  part, total (2, P)
+    for k in range(2):
+        for i in range(total.shape[1]):
+            total[k, i] += part[k, i]
+            part[k, i] = 0
 
 
 @jit
-def _moments(X, F, c, chunks, shift, part, total):
+def _moments(X, F, c, chunks, step, shift, part, total):
     # total[0, i] = sum_r d[r, i], total[1, i] = sum_r d[r, i]^2,  d[r, i] = X[r F + i] - shift[i]
-    # over the rows of part c;  shift (F,), part (2 W,) scratch, total (2, F) float64
-    n, W = X.size, _NV * simd.lanes(X)
+    # over the rows of part c;  shift (P,), part (2, P) scratch, total (2, P) float64
+    n, W, P = X.size, _NV * simd.lanes(X), shift.size
     lo, hi, whole = _rows(c, chunks, n, F)
     _clear(total)
-    for first in range(lo, hi, _BLOCK):
-        end = min(hi, first + _BLOCK)
+    _clear(part)
+    for first in range(lo, hi, step):
+        end = min(hi, first + step)
         for j in range(0, F, W):
             left = F - j
             fast = min(end, whole) if left >= W else first
-            a = simd.load_part(1, _NV, shift, j, 0, 0, 1, left)
-            s, q = simd.zeros(1, _NV, X), simd.zeros(1, _NV, X)
+            a = simd.load(1, _NV, shift, j, 0)
+            s, q = simd.load(1, _NV, part, j, 0), simd.load(1, _NV, part, P + j, 0)
             for r in range(first, fast):
                 d = simd.sub(simd.load(1, _NV, X, r * F + j, 0), a)
                 s = simd.add(s, d)
@@ -87,26 +93,27 @@ def _moments(X, F, c, chunks, shift, part, total):
                 d = simd.sub(simd.load_part(1, _NV, X, i, 0, 0, 1, cols), a)
                 s = simd.add(s, d)
                 q = simd.fma(q, d, d)
-            simd.store(s, part, 0, 0)
-            simd.store(q, part, W, 0)
-            _add_block(part, total, j, min(W, left), W)
+            simd.store(s, part, j, 0)
+            simd.store(q, part, P + j, 0)
+        if end == hi or (end - lo) % _BLOCK < step:
+            _add_block(part, total)
 
 
 @jit
-def _scaled(X, F, c, chunks, V, low, Y):
+def _scaled(X, F, c, chunks, step, V, low, Y):
     # Y[i] = max(V[2, i] + V[1, i] (X[i] - V[0, i]), low), i taken modulo F in V;  NaN stays NaN
-    # over the rows of part c;  V (3, F)
-    n, W = X.size, _NV * simd.lanes(X)
+    # over the rows of part c;  V (3, P)
+    n, W, P = X.size, _NV * simd.lanes(X), V.shape[1]
     lo, hi, whole = _rows(c, chunks, n, F)
     least = simd.fill(1, _NV, X, low)
-    for first in range(lo, hi, _BLOCK):
-        end = min(hi, first + _BLOCK)
+    for first in range(lo, hi, step):
+        end = min(hi, first + step)
         for j in range(0, F, W):
             left = F - j
             fast = min(end, whole) if left >= W else first
-            mean = simd.load_part(1, _NV, V, j, 0, 0, 1, left)
-            scale = simd.load_part(1, _NV, V, F + j, 0, 0, 1, left)
-            shift = simd.load_part(1, _NV, V, 2 * F + j, 0, 0, 1, left)
+            mean = simd.load(1, _NV, V, j, 0)
+            scale = simd.load(1, _NV, V, P + j, 0)
+            shift = simd.load(1, _NV, V, 2 * P + j, 0)
             for r in range(first, fast):
                 i = r * F + j
                 d = simd.sub(simd.load(1, _NV, X, i, 0), mean)
@@ -120,19 +127,21 @@ def _scaled(X, F, c, chunks, V, low, Y):
 
 
 @jit
-def _grad_moments(G, X, Y, gated, F, c, chunks, mean, part, total):
+def _grad_moments(G, X, Y, gated, F, c, chunks, step, mean, part, total):
     # total[0, i] = sum_r g[r, i], total[1, i] = sum_r g[r, i] (X[r F + i] - mean[i])
-    # g = G, of it 0 where Y <= 0 if gated;  over the rows of part c;  mean (F,), total (2, F)
-    n, W = X.size, _NV * simd.lanes(X)
+    # g = G, of it 0 where Y <= 0 if gated;  over the rows of part c
+    # mean (P,), part (2, P) scratch, total (2, P) float64
+    n, W, P = X.size, _NV * simd.lanes(X), mean.size
     lo, hi, whole = _rows(c, chunks, n, F)
     _clear(total)
-    for first in range(lo, hi, _BLOCK):
-        end = min(hi, first + _BLOCK)
+    _clear(part)
+    for first in range(lo, hi, step):
+        end = min(hi, first + step)
         for j in range(0, F, W):
             left = F - j
             fast = min(end, whole) if left >= W else first
-            a = simd.load_part(1, _NV, mean, j, 0, 0, 1, left)
-            s, q = simd.zeros(1, _NV, X), simd.zeros(1, _NV, X)
+            a = simd.load(1, _NV, mean, j, 0)
+            s, q = simd.load(1, _NV, part, j, 0), simd.load(1, _NV, part, P + j, 0)
             for r in range(first, fast):
                 i = r * F + j
                 g = simd.load(1, _NV, G, i, 0)
@@ -150,26 +159,27 @@ def _grad_moments(G, X, Y, gated, F, c, chunks, mean, part, total):
                 d = simd.sub(simd.load_part(1, _NV, X, i, 0, 0, 1, cols), a)
                 s = simd.add(s, g)
                 q = simd.fma(q, g, d)
-            simd.store(s, part, 0, 0)
-            simd.store(q, part, W, 0)
-            _add_block(part, total, j, min(W, left), W)
+            simd.store(s, part, j, 0)
+            simd.store(q, part, P + j, 0)
+        if end == hi or (end - lo) % _BLOCK < step:
+            _add_block(part, total)
 
 
 @jit
-def _grad_scaled(G, X, Y, gated, F, c, chunks, V, D):
+def _grad_scaled(G, X, Y, gated, F, c, chunks, step, V, D):
     # D[i] = V[1, i] g[i] + V[2, i] (X[i] - V[0, i]) + V[3, i], i taken modulo F in V
-    # g as in _grad_moments;  over the rows of part c;  V (4, F)
-    n, W = X.size, _NV * simd.lanes(X)
+    # g as in _grad_moments;  over the rows of part c;  V (4, P)
+    n, W, P = X.size, _NV * simd.lanes(X), V.shape[1]
     lo, hi, whole = _rows(c, chunks, n, F)
-    for first in range(lo, hi, _BLOCK):
-        end = min(hi, first + _BLOCK)
+    for first in range(lo, hi, step):
+        end = min(hi, first + step)
         for j in range(0, F, W):
             left = F - j
             fast = min(end, whole) if left >= W else first
-            mean = simd.load_part(1, _NV, V, j, 0, 0, 1, left)
-            by_g = simd.load_part(1, _NV, V, F + j, 0, 0, 1, left)
-            by_x = simd.load_part(1, _NV, V, 2 * F + j, 0, 0, 1, left)
-            one = simd.load_part(1, _NV, V, 3 * F + j, 0, 0, 1, left)
+            mean = simd.load(1, _NV, V, j, 0)
+            by_g = simd.load(1, _NV, V, P + j, 0)
+            by_x = simd.load(1, _NV, V, 2 * P + j, 0)
+            one = simd.load(1, _NV, V, 3 * P + j, 0)
             for r in range(first, fast):
                 i = r * F + j
                 g = simd.load(1, _NV, G, i, 0)
@@ -193,8 +203,7 @@ def _grad_scaled(G, X, Y, gated, F, c, chunks, V, D):
 
 @jit
 def _near_mean(X, C, shift):
-    # shift[i] = mean over some rows, spread evenly, of column i modulo C; 0 if not finite
-    # shift (F,), F a multiple of C
+    # shift[i] = mean over some rows, spread evenly, of column i modulo C; 0 if not finite;  (P,)
     rows = X.size // C
     count = min(rows, _SHIFT_ROWS)
     for c in range(C):
@@ -208,23 +217,23 @@ def _near_mean(X, C, shift):
 
 
 @jit
-def _folded(total, C, c):
-    # (sum_{h, k} total[h, 0, k C + c], sum_{h, k} total[h, 1, k C + c]);  total (chunks, 2, F)
+def _folded(total, F, C, c):
+    # (sum_{h, k} total[h, 0, k C + c], sum_{h, k} total[h, 1, k C + c]);  total (chunks, 2, P)
     s = q = 0.0
     for h in range(total.shape[0]):
-        for i in range(c, total.shape[2], C):
+        for i in range(c, F, C):
             s += total[h, 0, i]
             q += total[h, 1, i]
     return s, q
 
 
 @jit
-def _statistics(total, rows, gamma, beta, eps, mean, var, V):
-    # mean, var (C,) from the sums of deviations from V[0], and V (3, F) for `_scaled`:
+def _statistics(total, F, rows, gamma, beta, eps, mean, var, V):
+    # mean, var (C,) from the sums of deviations from V[0], and V (3, P) for `_scaled`:
     # V[0] = mean, V[1] = gamma / sqrt(var + eps), V[2] = beta
     C = mean.size
     for c in range(C):
-        s, q = _folded(total, C, c)
+        s, q = _folded(total, F, C, c)
         s /= rows
         v = q / rows - s * s
         v = 0.0 if v < 0.0 else v
@@ -237,12 +246,12 @@ def _statistics(total, rows, gamma, beta, eps, mean, var, V):
 
 
 @jit
-def _grad_statistics(total, rows, gamma, var, eps, ggamma, gbeta, V):
-    # u = 1 / sqrt(var + eps);  gbeta = sum g, ggamma = u sum g (x - mean), and V (4, F):
+def _grad_statistics(total, F, rows, gamma, var, eps, ggamma, gbeta, V):
+    # u = 1 / sqrt(var + eps);  gbeta = sum g, ggamma = u sum g (x - mean), and V (4, P):
     # V[1] = gamma u, V[2] = -gamma u^2 ggamma / M, V[3] = -gamma u gbeta / M
     C = gamma.size
     for c in range(C):
-        s, q = _folded(total, C, c)
+        s, q = _folded(total, F, C, c)
         u = 1.0 / math.sqrt(var[c] + eps)
         a = gamma[c] * u
         gbeta[c], ggamma[c] = s, u * q
@@ -254,7 +263,7 @@ def _grad_statistics(total, rows, gamma, var, eps, ggamma, gbeta, V):
 
 @jit
 def _repeat(v, row):
-    # row[i] = v[i modulo C];  v (C,), row (F,)
+    # row[i] = v[i modulo C];  v (C,), row (P,)
     for i in range(row.size):
         row[i] = v[i] if i < v.size else row[i - v.size]
 
@@ -264,36 +273,38 @@ def _repeat(v, row):
 # The second pass begins where the first ended: what it reads first is still in a cache.
 
 
-def _forward_loop(X, gamma, beta, eps, low, Y, mean, var, V, part, total):
-    # X, Y flat (M C,), gamma, beta, mean, var (C,), V (3, F), part (chunks, 2 W),
-    # total (chunks, 2, F) float64
-    F, C, chunks = V.shape[1], gamma.size, total.shape[0]
+def _forward_loop(X, F, step, gamma, beta, eps, low, Y, mean, var, V, part, total):
+    # X, Y flat (M C,), gamma, beta, mean, var (C,), V (3, P), part (chunks, 2, P),
+    # total (chunks, 2, P) float64
+    C, chunks = gamma.size, total.shape[0]
     _near_mean(X, C, V[0])
     for c in prange(chunks):
-        _moments(X, F, c, chunks, V[0], part[c], total[c])
-    _statistics(total, X.size // C, gamma, beta, eps, mean, var, V)
+        _moments(X, F, c, chunks, step, V[0], part[c], total[c])
+    _statistics(total, F, X.size // C, gamma, beta, eps, mean, var, V)
     for c in prange(chunks):
-        _scaled(X, F, chunks - 1 - c, chunks, V, low, Y)
+        _scaled(X, F, chunks - 1 - c, chunks, step, V, low, Y)
 
 
-def _backward_loop(G, X, Y, gated, gamma, mean, var, eps, D, ggamma, gbeta, V, part, total):
-    # G, X, Y, D flat (M C,), gamma, mean, var, ggamma, gbeta (C,), V (4, F), part (chunks, 2 W),
-    # total (chunks, 2, F) float64
-    F, C, chunks = V.shape[1], gamma.size, total.shape[0]
+def _backward_loop(
+    G, X, Y, gated, F, step, gamma, mean, var, eps, D, ggamma, gbeta, V, part, total
+):
+    # G, X, Y, D flat (M C,), gamma, mean, var, ggamma, gbeta (C,), V (4, P), part (chunks, 2, P),
+    # total (chunks, 2, P) float64
+    C, chunks = gamma.size, total.shape[0]
     _repeat(mean, V[0])
     for c in prange(chunks):
-        _grad_moments(G, X, Y, gated, F, c, chunks, V[0], part[c], total[c])
-    _grad_statistics(total, X.size // C, gamma, var, eps, ggamma, gbeta, V)
+        _grad_moments(G, X, Y, gated, F, c, chunks, step, V[0], part[c], total[c])
+    _grad_statistics(total, F, X.size // C, gamma, var, eps, ggamma, gbeta, V)
     for c in prange(chunks):
-        _grad_scaled(G, X, Y, gated, F, chunks - 1 - c, chunks, V, D)
+        _grad_scaled(G, X, Y, gated, F, chunks - 1 - c, chunks, step, V, D)
 
 
-def _scale_shift_loop(X, scale, shift, low, Y, V, chunks):
-    # X, Y flat (M C,), scale, shift (C,), V (3, F) with V[0] = 0
+def _scale_shift_loop(X, F, step, scale, shift, low, Y, V, chunks):
+    # X, Y flat (M C,), scale, shift (C,), V (3, P) with V[0] = 0
     _repeat(scale, V[1])
     _repeat(shift, V[2])
     for c in prange(chunks):
-        _scaled(X, V.shape[1], c, chunks, V, low, Y)
+        _scaled(X, F, c, chunks, step, V, low, Y)
 
 
 _forward = Variants(_forward_loop)
@@ -301,15 +312,25 @@ _backward = Variants(_backward_loop)
 _scale_shift = Variants(_scale_shift_loop)
 
 
+class _Plan(NamedTuple):
+    """How an array (M, C) is gone through: F, P, parts that threads share, rows at a time."""
+
+    width: int
+    padded: int
+    chunks: int
+    step: int
+
+
 @lru_cache(1024)
-def _plan(rows: int, channels: int, itemsize: int) -> tuple[int, int, int]:
-    """(F, chunks, W): the width of the rows gone through, in how many parts, the tile's width."""
-    width = _NV * simd.LANES * 4 // itemsize
-    fold = width // math.gcd(channels, width)
-    if channels >= _FOLD_BELOW * width or rows < fold * _FOLDED_ROWS:
+def _plan(rows: int, channels: int, itemsize: int) -> _Plan:
+    tile = _NV * simd.LANES * 4 // itemsize
+    fold = tile // math.gcd(channels, tile)
+    if channels >= _FOLD_BELOW * tile or rows < fold * _FOLDED_ROWS:
         fold = 1
+    width = channels * fold
     parts = max(1, min(_CHUNKS, -(-rows // fold) // _CHUNK_ROWS))
-    return channels * fold, 1 << (parts.bit_length() - 1), width
+    step = max(4, min(_BLOCK, _STEP_BYTES // (width * itemsize)))
+    return _Plan(width, -(-width // tile) * tile, 1 << (parts.bit_length() - 1), step)
 
 
 # --- public ---------------------------------------------------------------------------------------
@@ -327,9 +348,11 @@ def batchnorm(
     x, gamma, beta = prepared("batchnorm", x, gamma, beta)
     y = memory.empty(x.shape, x.dtype)
     mean, var = np.empty_like(gamma), np.empty_like(gamma)
-    fold, chunks, width = _plan(*x.shape, x.itemsize)
+    plan = _plan(*x.shape, x.itemsize)
     _forward.choose(3 * x.nbytes)(
         x.reshape(-1),
+        plan.width,
+        plan.step,
         gamma,
         beta,
         float(eps),
@@ -337,9 +360,9 @@ def batchnorm(
         y.reshape(-1),
         mean,
         var,
-        np.empty((3, fold), x.dtype),
-        np.empty((chunks, 2 * width), x.dtype),
-        np.empty((chunks, 2, fold)),
+        np.empty((3, plan.padded), x.dtype),
+        np.empty((plan.chunks, 2, plan.padded), x.dtype),
+        np.empty((plan.chunks, 2, plan.padded)),
     )
     return y, mean, var
 
@@ -371,12 +394,14 @@ def batchnorm_grad(
     )
     gx = memory.empty(x.shape, x.dtype)
     ggamma, gbeta = np.empty_like(gamma), np.empty_like(gamma)
-    fold, chunks, width = _plan(*x.shape, x.itemsize)
+    plan = _plan(*x.shape, x.itemsize)
     _backward.choose(5 * x.nbytes)(
         grad.reshape(-1),
         x.reshape(-1),
         y.reshape(-1),
         gated,
+        plan.width,
+        plan.step,
         gamma,
         mean,
         var,
@@ -384,9 +409,9 @@ def batchnorm_grad(
         gx.reshape(-1),
         ggamma,
         gbeta,
-        np.empty((4, fold), x.dtype),
-        np.empty((chunks, 2 * width), x.dtype),
-        np.empty((chunks, 2, fold)),
+        np.empty((4, plan.padded), x.dtype),
+        np.empty((plan.chunks, 2, plan.padded), x.dtype),
+        np.empty((plan.chunks, 2, plan.padded)),
     )
     return gx, ggamma, gbeta
 
@@ -399,11 +424,12 @@ def scale_shift(x: np.ndarray, scale: np.ndarray, shift: np.ndarray, relu: bool)
     _check("scale_shift", rows, scale, shift)
     rows, scale, shift = prepared("scale_shift", rows, scale, shift)
     y = memory.empty(rows.shape, rows.dtype)
-    fold, chunks, _ = _plan(*rows.shape, rows.itemsize)
-    vectors = np.zeros((3, fold), rows.dtype)
+    plan = _plan(*rows.shape, rows.itemsize)
+    vectors = np.zeros((3, plan.padded), rows.dtype)
     low = rows.dtype.type(0 if relu else -np.inf)
     kernel = _scale_shift.choose(2 * rows.nbytes)
-    kernel(rows.reshape(-1), scale, shift, low, y.reshape(-1), vectors, chunks)
+    flat, result = rows.reshape(-1), y.reshape(-1)
+    kernel(flat, plan.width, plan.step, scale, shift, low, result, vectors, plan.chunks)
     return y.reshape(x.shape)
 
 
