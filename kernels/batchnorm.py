@@ -4,8 +4,8 @@ The forward pass reads x twice and writes y once, the backward pass reads its ar
 writes gx once; ReLU costs no pass of its own.
 
 An array (M, C) is gone through as (R, F): F = C f, f rows taken as one, so that F is a multiple of
-the tile's width and no row has a tail. The last of the R rows may be cut short. Where rows are few
-f is 1, and each row has a tail instead.
+a vector, and of the tile's width or much larger than it. The last of the R rows may be cut short.
+Where rows are few, f is 1.
 
 Variances come from deviations from a shift near the mean, so that nothing cancels. Sums run in the
 arrays' dtype over blocks of rows, and from there on in float64 over fixed chunks of the blocks,
@@ -26,13 +26,13 @@ from numba import prange
 from kernels import memory, simd
 from kernels._jit import Variants, jit, prepared
 
-_NV = 4  # vectors of a tile: enough independent sums to hide the latency of an addition
+_NV = 2 * simd.TILE[1]  # vectors of a tile: many, for long reads from consecutive addresses
 _BLOCK = 128  # rows summed in the arrays' dtype
-_STEP_BYTES = 16 * 1024  # gone through tile by tile
+_STEP_BYTES = 16 * 1024  # gone through tile by tile: fits the first-level cache
+_LARGE = 8 << 20  # bytes from which on memory is slow, and fast only in the order of addresses
 _CHUNKS = 16  # at most: parts that threads share
 _CHUNK_ROWS = 64  # at least
 _SHIFT_ROWS = 16  # whose mean the shift is
-_FOLD_BELOW = 8  # tiles: in wider rows a tail costs little
 _FOLDED_ROWS = 8  # at least, or too much of the array is in the row that is cut short
 
 
@@ -323,13 +323,22 @@ class _Plan(NamedTuple):
 
 @lru_cache(1024)
 def _plan(rows: int, channels: int, itemsize: int) -> _Plan:
-    tile = _NV * simd.LANES * 4 // itemsize
-    fold = tile // math.gcd(channels, tile)
-    if channels >= _FOLD_BELOW * tile or rows < fold * _FOLDED_ROWS:
-        fold = 1
+    lanes = simd.LANES * 4 // itemsize
+    tile = _NV * lanes
+    # Rows of whole vectors; a tile that is not filled costs about three that are.
+    unit = lanes // math.gcd(channels, lanes)
+    folds = (f for f in range(unit, tile + 1, unit) if f * _FOLDED_ROWS <= rows)
+
+    def cost(fold: int) -> float:
+        whole, rest = divmod(channels * fold, tile)
+        return (whole + 3 * (rest > 0)) / fold
+
+    fold = min((1, *folds), key=cost)
     width = channels * fold
     parts = max(1, min(_CHUNKS, -(-rows // fold) // _CHUNK_ROWS))
     step = max(4, min(_BLOCK, _STEP_BYTES // (width * itemsize)))
+    if width > tile and rows * channels * itemsize >= _LARGE:
+        step = 1
     return _Plan(width, -(-width // tile) * tile, 1 << (parts.bit_length() - 1), step)
 
 
