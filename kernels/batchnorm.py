@@ -34,6 +34,7 @@ _CHUNKS = 16  # at most: parts that threads share
 _CHUNK_ROWS = 64  # at least
 _SHIFT_ROWS = 16  # whose mean the shift is
 _FOLDED_ROWS = 8  # at least, or too much of the array is in the row that is cut short
+_FOLDED_BYTES = 8 * 1024  # of a row at most: sums and vectors stay in the first-level cache
 
 
 # --- chunks of rows -------------------------------------------------------------------------------
@@ -327,13 +328,13 @@ def _plan(rows: int, channels: int, itemsize: int) -> _Plan:
     tile = _NV * lanes
     # Rows of whole vectors; a tile that is not filled costs about three that are.
     unit = lanes // math.gcd(channels, lanes)
-    folds = (f for f in range(unit, tile + 1, unit) if f * _FOLDED_ROWS <= rows)
+    most = min(tile, rows // _FOLDED_ROWS, _FOLDED_BYTES // (channels * itemsize))
 
     def cost(fold: int) -> float:
         whole, rest = divmod(channels * fold, tile)
         return (whole + 3 * (rest > 0)) / fold
 
-    fold = min((1, *folds), key=cost)
+    fold = min((1, *range(unit, most + 1, unit)), key=cost)
     width = channels * fold
     parts = max(1, min(_CHUNKS, -(-rows // fold) // _CHUNK_ROWS))
     step = max(4, min(_BLOCK, _STEP_BYTES // (width * itemsize)))
