@@ -34,7 +34,7 @@ _CHUNKS = 16  # at most: parts that threads share
 _CHUNK_ROWS = 64  # at least
 _SHIFT_ROWS = 16  # whose mean the shift is
 _FOLDED_ROWS = 8  # at least, or too much of the array is in the row that is cut short
-_FOLDED_BYTES = 8 * 1024  # of a row at most: sums and vectors stay in the first-level cache
+_FOLDED_BYTES = 2 * 1024  # of a folded row of a large array at most: its sums are at hand
 
 
 # --- chunks of rows -------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def _grad_moments(G, X, Y, gated, F, c, chunks, step, mean, part, total):
 
 @jit
 def _grad_scaled(G, X, Y, gated, F, c, chunks, step, V, D):
-    # D[i] = V[1, i] g[i] + V[2, i] (X[i] - V[0, i]) + V[3, i], i taken modulo F in V
+    # D[i] = V[1, i] (g[i] - V[3, i] + V[2, i] (X[i] - V[0, i])), i taken modulo F in V
     # g as in _grad_moments;  over the rows of part c;  V (4, P)
     n, W, P = X.size, _NV * simd.lanes(X), V.shape[1]
     lo, hi, whole = _rows(c, chunks, n, F)
@@ -180,23 +180,24 @@ def _grad_scaled(G, X, Y, gated, F, c, chunks, step, V, D):
             mean = simd.load(1, _NV, V, j, 0)
             by_g = simd.load(1, _NV, V, P + j, 0)
             by_x = simd.load(1, _NV, V, 2 * P + j, 0)
-            one = simd.load(1, _NV, V, 3 * P + j, 0)
+            back = simd.load(1, _NV, V, 3 * P + j, 0)
             for r in range(first, fast):
                 i = r * F + j
                 g = simd.load(1, _NV, G, i, 0)
                 if gated:
                     g = simd.gate(g, simd.load(1, _NV, Y, i, 0))
-                d = simd.fma(one, by_x, simd.sub(simd.load(1, _NV, X, i, 0), mean))
-                simd.store(simd.fma(d, by_g, g), D, i, 0)
+                d = simd.sub(simd.load(1, _NV, X, i, 0), mean)
+                d = simd.fma(simd.sub(g, back), by_x, d)
+                simd.store(simd.mul(d, by_g), D, i, 0)
             for r in range(fast, end):
                 i = r * F + j
                 cols = min(left, n - i)
                 g = simd.load_part(1, _NV, G, i, 0, 0, 1, cols)
                 if gated:
                     g = simd.gate(g, simd.load_part(1, _NV, Y, i, 0, 0, 1, cols))
-                x = simd.load_part(1, _NV, X, i, 0, 0, 1, cols)
-                d = simd.fma(one, by_x, simd.sub(x, mean))
-                simd.store_part(simd.fma(d, by_g, g), D, i, 0, 0, 1, cols)
+                d = simd.sub(simd.load_part(1, _NV, X, i, 0, 0, 1, cols), mean)
+                d = simd.fma(simd.sub(g, back), by_x, d)
+                simd.store_part(simd.mul(d, by_g), D, i, 0, 0, 1, cols)
 
 
 # --- between the passes ---------------------------------------------------------------------------
@@ -249,14 +250,13 @@ def _statistics(total, F, rows, gamma, beta, eps, mean, var, V):
 @jit
 def _grad_statistics(total, F, rows, gamma, var, eps, ggamma, gbeta, V):
     # u = 1 / sqrt(var + eps);  gbeta = sum g, ggamma = u sum g (x - mean), and V (4, P):
-    # V[1] = gamma u, V[2] = -gamma u^2 ggamma / M, V[3] = -gamma u gbeta / M
+    # V[1] = gamma u, V[2] = -u ggamma / M, V[3] = gbeta / M
     C = gamma.size
     for c in range(C):
         s, q = _folded(total, F, C, c)
         u = 1.0 / math.sqrt(var[c] + eps)
-        a = gamma[c] * u
         gbeta[c], ggamma[c] = s, u * q
-        V[1, c], V[2, c], V[3, c] = a, -a * u * u * q / rows, -a * s / rows
+        V[1, c], V[2, c], V[3, c] = gamma[c] * u, -u * u * q / rows, s / rows
     for k in range(1, 4):
         for i in range(C, V.shape[1]):
             V[k, i] = V[k, i - C]
@@ -328,7 +328,9 @@ def _plan(rows: int, channels: int, itemsize: int) -> _Plan:
     tile = _NV * lanes
     # Rows of whole vectors; a tile that is not filled costs about three that are.
     unit = lanes // math.gcd(channels, lanes)
-    most = min(tile, rows // _FOLDED_ROWS, _FOLDED_BYTES // (channels * itemsize))
+    large = rows * channels * itemsize >= _LARGE
+    widest = _FOLDED_BYTES * (1 if large else 4) // (channels * itemsize)
+    most = min(tile, rows // _FOLDED_ROWS, widest)
 
     def cost(fold: int) -> float:
         whole, rest = divmod(channels * fold, tile)
@@ -338,7 +340,7 @@ def _plan(rows: int, channels: int, itemsize: int) -> _Plan:
     width = channels * fold
     parts = max(1, min(_CHUNKS, -(-rows // fold) // _CHUNK_ROWS))
     step = max(4, min(_BLOCK, _STEP_BYTES // (width * itemsize)))
-    if width > tile and rows * channels * itemsize >= _LARGE:
+    if large and width > tile:
         step = 1
     return _Plan(width, -(-width // tile) * tile, 1 << (parts.bit_length() - 1), step)
 
