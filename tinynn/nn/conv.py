@@ -13,16 +13,15 @@ import numpy.typing as npt
 from kernels.geometry import Pair
 from tinynn import init, ops
 from tinynn.errors import ConfigError, ShapeError
-from tinynn.nn.layers import Initialiser, ReLU
+from tinynn.nn.layers import Initialiser, ReLU, require_parameters
 from tinynn.nn.module import Module, Parameter, Sequential
 from tinynn.op import Array
+from tinynn.ops.conv import padded, pair
 from tinynn.tensor import Tensor
 
 
 class _Windowed(Module):
     """What the convolutions share: weights, an optional bias, and where the window lies."""
-
-    rectifies = True
 
     def _build(
         self,
@@ -39,8 +38,8 @@ class _Windowed(Module):
         name = type(self).__name__
         if min(shape) < 1:
             raise ConfigError(f"{name}: required sizes >= 1; came {shape}")
-        self.stride = ops.conv.pair(name, "stride", stride)
-        self.padding = ops.conv.padded(name, padding)
+        self.stride = pair(name, "stride", stride)
+        self.padding = padded(name, padding)
         self.weight = Parameter(weight_init(shape, rng, dtype), copy=False)
         self.bias = Parameter(np.zeros(outputs, dtype), copy=False) if bias else None
 
@@ -48,7 +47,8 @@ class _Windowed(Module):
         return self.weight.shape[3]
 
     def check(self) -> None:
-        """Raise ShapeError unless the bias fits the weights."""
+        """Raise ShapeError or DTypeError unless weights and bias are parameters that fit."""
+        require_parameters(type(self).__name__, self.weight, self.bias)
         shape = None if self.bias is None else self.bias.shape
         if self.weight.ndim != 4 or shape not in (None, (self._bias_size(),)):
             raise ShapeError(
@@ -71,6 +71,8 @@ class Conv2d(_Windowed):
     "valid", a number, or ((top, bottom), (left, right)).
     """
 
+    rectifies = True
+
     def __init__(
         self,
         m_in: int,
@@ -85,8 +87,8 @@ class Conv2d(_Windowed):
         rng: np.random.Generator,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
-        size = ops.conv.pair("Conv2d", "kernel", kernel)
-        self.dilation = ops.conv.pair("Conv2d", "dilation", dilation)
+        size = pair("Conv2d", "kernel", kernel)
+        self.dilation = pair("Conv2d", "dilation", dilation)
         self._build(
             (*size, m_in, m_out),
             m_out,
@@ -120,6 +122,8 @@ class PointwiseConv2d(Conv2d):
 class DepthwiseConv2d(_Windowed):
     """Each channel with its own kernels: weight (K, K, m_in, R), y (B, OH, OW, m_in R)."""
 
+    rectifies = True
+
     def __init__(
         self,
         m_in: int,
@@ -134,8 +138,8 @@ class DepthwiseConv2d(_Windowed):
         rng: np.random.Generator,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
-        size = ops.conv.pair("DepthwiseConv2d", "kernel", kernel)
-        self.dilation = ops.conv.pair("DepthwiseConv2d", "dilation", dilation)
+        size = pair("DepthwiseConv2d", "kernel", kernel)
+        self.dilation = pair("DepthwiseConv2d", "dilation", dilation)
         # a result sees K K inputs, whatever the number of channels
         std = float(np.sqrt(2 / (size[0] * size[1])))
         self._build(
@@ -170,6 +174,8 @@ class ConvTranspose2d(_Windowed):
     The image grows by the stride, or to `output` = (rows, columns) if given.
     """
 
+    rectifies = True
+
     def __init__(
         self,
         m_in: int,
@@ -184,7 +190,7 @@ class ConvTranspose2d(_Windowed):
         rng: np.random.Generator,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
-        size = ops.conv.pair("ConvTranspose2d", "kernel", kernel)
+        size = pair("ConvTranspose2d", "kernel", kernel)
         self.output = (int(output[0]), int(output[1]))
         self._build(
             (*size, m_in, m_out),
@@ -228,7 +234,8 @@ class BatchNorm(Module):
     ) -> None:
         if m < 1 or not eps > 0 or not 0 <= momentum <= 1:
             raise ConfigError(
-                f"BatchNorm: required m >= 1, eps > 0, momentum in [0, 1]; came {m}, {eps}, {momentum}"
+                "BatchNorm: required m >= 1, eps > 0, momentum in [0, 1]; came "
+                f"{m}, {eps}, {momentum}"
             )
         self.eps, self.momentum = float(eps), float(momentum)
         self.gamma = Parameter(np.ones(m, dtype), copy=False)
@@ -237,7 +244,8 @@ class BatchNorm(Module):
         self.variance: Array = np.ones(m, dtype)
 
     def check(self) -> None:
-        """Raise ShapeError unless all four vectors have one size."""
+        """Raise ShapeError or DTypeError unless all four vectors have one size."""
+        require_parameters("BatchNorm", self.gamma, self.beta)
         shapes = {a.shape for a in (self.gamma, self.beta, self.mean, self.variance)}
         if len(shapes) != 1 or self.gamma.ndim != 1:
             raise ShapeError(f"BatchNorm: vectors of shapes {shapes} do not fit")
@@ -249,9 +257,11 @@ class BatchNorm(Module):
             )
         y, mean, variance = ops.batchnorm(x, self.gamma, self.beta, eps=self.eps, relu=relu)
         rows = x.size // x.shape[-1]
-        unbiased = variance * (rows / max(rows - 1, 1))
-        self.mean += self.momentum * (mean - self.mean)
-        self.variance += self.momentum * (unbiased - self.variance)
+        unbiased = variance * variance.dtype.type(rows / max(rows - 1, 1))
+        keep = self.mean.dtype.type(1 - self.momentum)
+        # new arrays: whoever holds the old ones, a checkpoint for instance, keeps them as they were
+        self.mean = keep * self.mean + (1 - keep) * mean
+        self.variance = keep * self.variance + (1 - keep) * unbiased
         return y
 
     def extra(self) -> str:
@@ -265,18 +275,18 @@ class MaxPool2d(Module):
     def __init__(
         self, size: int | Pair = 2, *, stride: int | Pair | None = None, padding: Any = "valid"
     ) -> None:
-        self.size, self.stride = _window_of(type(self).__name__, size, stride)
-        self.padding = ops.conv.padded(type(self).__name__, padding)
+        self.kernel, self.stride = _window_of(type(self).__name__, size, stride)
+        self.padding = padded(type(self).__name__, padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.max_pool2d(x, self.size, stride=self.stride, padding=self.padding)
+        return ops.max_pool2d(x, self.kernel, stride=self.stride, padding=self.padding)
 
 
 class AvgPool2d(MaxPool2d):
     """The mean of each window, over the part of it inside the image."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.avg_pool2d(x, self.size, stride=self.stride, padding=self.padding)
+        return ops.avg_pool2d(x, self.kernel, stride=self.stride, padding=self.padding)
 
 
 class GlobalAvgPool2d(Module):
@@ -335,5 +345,5 @@ class SeparableConv2d(Sequential):
 
 
 def _window_of(name: str, size: int | Pair, stride: int | Pair | None) -> tuple[Pair, Pair]:
-    kernel = ops.conv.pair(name, "size", size)
-    return kernel, ops.conv.pair(name, "stride", kernel if stride is None else stride)
+    kernel = pair(name, "size", size)
+    return kernel, pair(name, "stride", kernel if stride is None else stride)

@@ -1,7 +1,6 @@
 """The ops as functions on Tensors. Importing this package gives Tensor its methods too."""
 
 from tinynn import tensor as _tensor
-from tinynn.ops import conv
 from tinynn.ops.conv import conv2d, conv_transpose2d, depthwise_conv2d
 from tinynn.ops.elementwise import (
     absolute,

@@ -53,8 +53,9 @@ class _Windowed(Op):
 
 @dataclass(frozen=True)
 class Conv2d(_Windowed):
-    """y[b, oy, ox, n] = bias[n] + sum_{ky, kx, c} x[b, iy, ix, c] w[ky, kx, c, n], iy = oy s - p + ky d.
+    """y[b, oy, ox, n] = bias[n] + sum_{ky, kx, c} x[b, iy, ix, c] w[ky, kx, c, n].
 
+    iy = oy stride - padding + ky dilation, ix likewise; taps outside the image count as zeros.
     x (B, H, W, C), w (KH, KW, C, N), bias (N,), y (B, OH, OW, N), rectified if `relu`.
     """
 
@@ -263,7 +264,7 @@ def pair(op: str, name: str, value: int | Pair) -> Pair:
 
 
 def padded(op: str, value: str | int | Any) -> Padding:
-    """A padding as the ops take it: "same", "valid", a number, or ((top, bottom), (left, right))."""
+    """A padding as the ops take it, from "same", "valid", a number or two pairs of numbers."""
     if value in ("same", "valid"):
         return value  # type: ignore[return-value]
     if isinstance(value, int) and value >= 0:
