@@ -25,7 +25,7 @@ LAYERS = [
     ["tinynn.nn"],
     ["tinynn.optim", "tinynn.schedule", "tinynn.data", "tinynn.metrics", "tinynn.graph"],
     ["tinynn.observe", "tinynn.checkpoint"],
-    ["tinynn.train"],
+    ["tinynn.train", "tinynn.models"],
     ["tinynn.compress"],
     ["tinynn"],
     ["experiments", "bench"],
