@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         for name in suites.names():
             print(f"{name:<14}{suites.load(name).SUMMARY}")
+        for name, members in suites.GROUPS.items():
+            print(f"{name:<14}all of: {', '.join(members)}")
         return 0
     try:
         problems = _problems(options)
@@ -81,7 +83,8 @@ def _problems(options: argparse.Namespace) -> list[tuple[Suite, Case]]:
     if not options.suites and not options.case:
         raise CaseError("required a SUITE or --case; --list shows the suites")
     problems = []
-    for name in options.suites:
+    asked = (n for name in options.suites for n in suites.GROUPS.get(name, (name,)))
+    for name in dict.fromkeys(asked):
         if name not in suites.names():
             raise CaseError(f"no suite {name!r}; there are: {', '.join(suites.names())}")
         suite = suites.load(name)
@@ -158,7 +161,8 @@ def _races(
     records: list[Record] = []
     work: dict[str, Work] = {}
     for suite, case in problems:
-        chosen = [n for n in suite.LIBRARIES if n == OURS or peers is None or n in peers]
+        able = suites.contestants(suite, case)
+        chosen = [n for n in able if n == OURS or peers is None or n in peers]
         race = team.race(suite, case, chosen)
         work[str(case)] = suite.work(case)
         found = records_of(race, work[str(case)], roof.get(case.threads))
