@@ -213,15 +213,16 @@ def onnxruntime_call(
     session = runtime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    (result,) = session.run(None, {"x": np.ascontiguousarray(x)})
-    result = np.ascontiguousarray(result)
+    result = np.ascontiguousarray(session.run(None, {"x": np.ascontiguousarray(x)})[0])
     binding = session.io_binding()
-    binding.bind_cpu_input("x", np.ascontiguousarray(x))
+    array = np.ascontiguousarray(x)
+    binding.bind_cpu_input("x", array)
     binding.bind_output("y", "cpu", 0, np.float32, result.shape, result.ctypes.data)
+    borrowed = array, result  # the binding does not keep them
 
     def call() -> object:
         session.run_with_iobinding(binding)
-        return result
+        return borrowed[1]
 
     return call
 
@@ -253,9 +254,10 @@ def openvino_call(threads: int, x: Any, graph: Callable[[Any, Any], Any]) -> Cal
     request = compiled.create_infer_request()
     request.set_input_tensor(ov.Tensor(array, shared_memory=True))
     request.set_output_tensor(ov.Tensor(result, shared_memory=True))
+    borrowed = array, result  # the request does not keep them
 
     def call() -> object:
         request.infer(share_outputs=True)
-        return result
+        return borrowed[1]
 
     return call
