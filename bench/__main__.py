@@ -136,7 +136,8 @@ def _run(problems: list[tuple[Suite, Case]], options: argparse.Namespace) -> int
     if options.out is not None:
         if summary:
             report.plot_ratios(records, options.out / "ratios.png")
-        report.plot_roofline(records, work, limits, options.out / "roofline.png")
+        if limits:
+            report.plot_roofline(records, work, limits, options.out / "roofline.png")
     return 0 if all(OURS in race.timings for race in races) else 1
 
 
