@@ -34,7 +34,7 @@ from kernels._jit import Variants, prepared
 from kernels.geometry import Window
 from kernels.product import _aligned, _pack_kernel
 
-_BLOCK_BYTES = 256 * 1024  # of images that one panel of weights passes over
+_BLOCK_BYTES = 384 * 1024  # of images that one panel of weights passes over
 _TASKS = 16  # wanted at least; also the most chunks of a sum
 _CHUNK_PIXELS = 1024  # of a sum over pixels, at least
 
@@ -161,7 +161,7 @@ def _convolve(
     added = np.zeros(n, x.dtype) if bias is None else bias
     macs = len(x) * rows.length * columns.length * w.size
     block = max(1, min(len(x), _BLOCK_BYTES * len(x) // max(1, x.nbytes)))
-    for part in _cuts(columns.length, n, simd.LANES * 4 // x.itemsize, 16):
+    for part in _cuts(columns.length, n, simd.LANES * 4 // x.itemsize, _MOST)[1]:
         panel = _aligned((part.panels, depth, part.width), x.dtype)
         if panel.size:
             flat = w.reshape(depth, n)
@@ -174,14 +174,8 @@ def _convolve(
             added,
             x.dtype.type(low),
             y,
-            (_table(rows, x.shape[1], 1), 1, rows.taps, 1, rows.gap),
-            (
-                _table(columns, x.shape[2], part.mr),
-                columns.step,
-                columns.taps,
-                columns.stride,
-                columns.gap,
-            ),
+            (_table(rows, x.shape[1], 1), *rows[2:6]),
+            (_table(columns, x.shape[2], part.mr), *columns[2:6]),
             part.first,
             part.cols,
             share,
@@ -203,19 +197,25 @@ class _Part(NamedTuple):
 _REGISTERS = simd.TILE[0] * simd.TILE[1]  # for sums
 
 
+_HEIGHTS = (16, 14, 12, 9, 8, 7, 6, 4, 3, 2, 1)
+#: For tiles of one vector, of several: above these, LLVM keeps some of the sums in memory.
+_MOST = (16, 8)
+
+
 @lru_cache(4096)
 def _cuts(
-    rows: int, channels: int, lanes: int, most: int, overhead: float = 1.0
-) -> tuple[_Part, ...]:
-    """Tiles of at most `most` rows over rows x channels that do the least superfluous work.
+    rows: int, channels: int, lanes: int, most: tuple[int, int], overhead: float = 1.0
+) -> tuple[float, tuple[_Part, ...]]:
+    """Tiles over rows x channels that do the least superfluous work, and that in steps.
 
-    `overhead`: of a loop over tiles, in vector operations a step.
+    `most`: rows of a tile of one vector, of several; `overhead`: of a step, in vector operations.
     """
 
     def height(nr: int) -> tuple[float, int]:
         """Cost of one panel a step, and the tile's height."""
         each = nr or 0.5
-        heights = range(1, min(most, 16 if nr < 2 else 8, _REGISTERS // max(1, nr)) + 1)
+        limit = min(most[nr > 1], _REGISTERS // max(1, nr))
+        heights = [h for h in _HEIGHTS if h <= limit]
         return min((-(-rows // h) * (max(h * each, 5) + overhead), -h) for h in heights)
 
     halves = simd.LANES >= 8
@@ -237,14 +237,14 @@ def _cuts(
                 cuts.append((t, first, cols))
                 first += cols
             cost = sum(height(n)[0] * -(-c // (n * lanes or lanes // 2)) for n, _, c in cuts)
-            cost *= 1 + 0.02 * len(cuts)
+            cost *= 1 + 0.04 * len(cuts)
             if cost < best[0]:
                 best = (cost, cuts)
     parts = []
     for n, first, cols in best[1]:
         width = n * lanes or lanes // 2
         parts.append(_Part(-height(n)[1], n, first, cols, width, -(-cols // width)))
-    return tuple(parts)
+    return best[0], tuple(parts)
 
 
 # --- weight gradient ------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def conv2d(
             f"conv2d: expected x (B, H, W, C) and w ({win.kernel[0]}, {win.kernel[1]}, C, N), "
             f"got {x.shape} and {w.shape}"
         )
-    x, w, bias = _operands("conv2d", x, w, bias)
+    x, w, bias = _operands("conv2d", x, w, bias, w.shape[3])
     size = win.output(*x.shape[1:3])
     if _is_pointwise(win):
         flat = pointwise.linear(x.reshape(-1, x.shape[3]), w[0, 0], bias, relu)
@@ -381,7 +381,7 @@ def transposed(
             f"{kernel}: image {shape}, {win}: expected weights {(*win.kernel, *shape[3:])} of "
             f"channels ({w.shape[3]}) and windows {want}, got {w.shape} and {grad.shape}"
         )
-    grad, w, bias = _operands(kernel, grad, w, bias)
+    grad, w, bias = _operands(kernel, grad, w, bias, shape[3])
     turned = w.transpose(0, 1, 3, 2)
     if _is_pointwise(win):
         flat = grad.reshape(-1, w.shape[3])
@@ -413,12 +413,17 @@ def conv2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.ndarr
     if _is_pointwise(win):
         return pointwise.matmul_tn(x.reshape(-1, C), grad.reshape(-1, N)).reshape(1, 1, C, N)
     KH, KW = win.kernel
-    span = KW if win.dilation[1] == 1 and C < _NARROW else 1
+    lanes = simd.LANES * 4 // x.itemsize
+    span = 1
+    cost, parts = _cuts(C, N, lanes, (min(C, 16), C), 1 + 8 / OW)
+    if win.dilation[1] == 1 and KW > 1 and C < 16:  # the taps along x as rows of one
+        wide, joined = _cuts(KW * C, N, lanes, (min(KW * C, 16), KW * C), 1 + 8 / OW)
+        if wide * (1 + (KW - 1) / OW) < KW * cost:  # pixels near the border cost twice
+            span, parts = KW, joined
     chunks = max(1, min(B, _TASKS, B * OH * OW // _CHUNK_PIXELS))
     sums = memory.empty((chunks, KH, KW // span, span * C, N), x.dtype)
-    block = max(1, _BLOCK_BYTES * B // (x.nbytes + grad.nbytes))
     rows, columns = ((win.stride[a], win.dilation[a], win.padding[a][0]) for a in (0, 1))
-    for part in _cuts(span * C, N, simd.LANES * 4 // x.itemsize, span * C, 1 + 8 / OW):
+    for part in parts:
         source, origin, step, ld = grad, part.first, part.width, N
         if part.cols % part.width:
             source = _aligned((part.panels, B * OH * OW, part.width), x.dtype)
@@ -428,6 +433,7 @@ def conv2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.ndarr
             origin, step, ld = 0, B * OH * OW * part.width, part.width
             source = source.reshape(1, 1, -1, part.width)
         groups = max(1, min(KH * part.panels, _TASKS // chunks))
+        block = max(1, _BLOCK_BYTES * B // (x.nbytes + grad.nbytes * part.width // N))
         _weight_kernel(part.mr, part.nr).choose(B * OH * OW * KH * KW * C * part.cols)(
             source,
             origin,
@@ -448,16 +454,17 @@ def conv2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.ndarr
     return total.reshape(KH, KW, C, N)
 
 
-_NARROW = 8  # fewer channels share a tile with those of the next taps
-
-
 def _is_pointwise(win: Window) -> bool:
     return win.kernel == win.stride == (1, 1) and win.padding == ((0, 0), (0, 0))
 
 
-def _operands(kernel: str, x: np.ndarray, w: np.ndarray, bias: np.ndarray | None) -> Any:
+def _operands(
+    kernel: str, x: np.ndarray, w: np.ndarray, bias: np.ndarray | None, channels: int
+) -> Any:
     if bias is None:
         return *prepared(kernel, x, w), None
+    if bias.shape != (channels,):
+        raise ValueError(f"{kernel}: expected bias ({channels},), got {bias.shape}")
     return prepared(kernel, x, w, bias)
 
 
