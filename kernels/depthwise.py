@@ -38,8 +38,7 @@ from kernels.geometry import Window
 
 _TASKS = 16  # wanted at least; also the most chunks of a sum
 _TILES = (8, 6, 4)  # rows of a tile to choose from: for few registers, and little left over
-_SUM_TILE = 4
-_BLOCK_BYTES = 16 * 1024  # of one vector of channels: a block of rows in the first-level cache
+_BLOCK_BYTES = 24 * 1024  # of rows that are read several times: they stay in the nearest cache
 _STREAM_BYTES = 8 << 20  # results from here on leave no room in the caches for what they displace
 
 
@@ -106,7 +105,7 @@ def _correlate(mr: int, kw: int, step: int, narrow: bool) -> Any:
     return correlate
 
 
-def _sums(mr: int, kw: int, step: int, copies: int, narrow: bool) -> Any:
+def _sums(mr: int, kw: int, step: int, copies: int) -> Any:
     height = copies * kw
 
     def sums(G, X, P, geometry, parts):
@@ -119,6 +118,7 @@ def _sums(mr: int, kw: int, step: int, copies: int, narrow: bool) -> Any:
         L = simd.lanes(X)
         sy, sx, dy, dx, top, left = geometry
         ld, unit = (C, 1) if kw > 1 else (sx * C, sx)
+        tiles = 0 if C < L else ON // mr
         for chunk in prange(chunks):
             for block in range(B * parts * chunk // chunks, B * parts * (chunk + 1) // chunks):
                 b, part = block // parts, block % parts
@@ -132,41 +132,45 @@ def _sums(mr: int, kw: int, step: int, copies: int, narrow: bool) -> Any:
                         for g in range(groups):
                             ip = (((chunk * vectors + v) * KH + ky) * groups + g) * height * L
                             acc = simd.load(height, 1, P, ip, L)
+                            x_lo = g * kw * dx - left  # of ox = 0
+                            reach = ((mr - 1) * step + kw - 1) * unit
+                            t_lo = min(tiles, max(0, -(x_lo // (mr * sx))))
+                            t_hi = min(tiles, (N - 1 - reach - x_lo) // (mr * sx) + 1)
+                            inner = max(0, t_hi - t_lo)
                             for oy in range(oy_lo, oy_hi):
-                                row = (b * H + oy * sy + above) * N
+                                ix = ((b * H + oy * sy + above) * N + x_lo) * C + c
                                 ig = (b * OH + oy) * ON * C + c
-                                ox = 0
-                                while ox < ON:
+                                if ky == KH // 2 and g == 0:  # what the next block needs
+                                    for ox in range(0, ON, mr):
+                                        i = ig + (ahead * ON + ox) * C
+                                        simd.prefetch(mr, G, i, C)
+                                        for r in range(sy):
+                                            for s in range(sx):
+                                                i = ((ahead * sy + r) * N + ox * sx + s) * C
+                                                simd.prefetch(mr, X, ix + i, sx * C)
+                                for t in range(t_lo, t_lo + inner):
                                     simd.rolled()
-                                    x0 = ox * sx - left + g * kw * dx
-                                    ix = (row + x0) * C + c
-                                    last = x0 + ((mr - 1) * step + kw - 1) * unit
-                                    lo, hi = 0, 99
-                                    if x0 < 0 or last >= N:
-                                        lo, hi = -(x0 // unit), -((x0 - N) // unit)
-                                    if narrow or ox + mr > ON:
-                                        t = simd.load_part(1, 1, G, ig + ox * C, C, 0, 1, C - c)
-                                        acc = simd.slide_sums(
-                                            acc, t, step, kw, X, ix, ld, lo, hi, C - c
-                                        )
-                                        ox += 1
-                                    else:
-                                        t = simd.load(mr, 1, G, ig + ox * C, C)
-                                        if ky == KH // 2 and g == 0:
-                                            simd.prefetch(mr, G, ig + ox * C + ahead * ON * C, C)
-                                            for r in range(sy):
-                                                for s in range(sx):
-                                                    i = ((ahead * sy + r) * N + s) * C + ix
-                                                    simd.prefetch(mr, X, i, sx * C)
-                                        if x0 >= 0 and last < N:
-                                            acc = simd.slide_sums(
-                                                acc, t, step, kw, X, ix, ld, 0, 99, 0
-                                            )
-                                        else:
-                                            acc = simd.slide_sums(
-                                                acc, t, step, kw, X, ix, ld, lo, hi, 0
-                                            )
-                                        ox += mr
+                                    pixels = simd.load(mr, 1, G, ig + t * mr * C, C)
+                                    i = ix + t * mr * sx * C
+                                    acc = simd.slide_sums(
+                                        acc, pixels, step, kw, X, i, ld, 0, 99, 0
+                                    )
+                                for e in range(tiles - inner):
+                                    t = e if e < t_lo else e + inner
+                                    x0 = x_lo + t * mr * sx
+                                    lo, hi = -(x0 // unit), -((x0 - N) // unit)
+                                    pixels = simd.load(mr, 1, G, ig + t * mr * C, C)
+                                    i = ix + t * mr * sx * C
+                                    acc = simd.slide_sums(
+                                        acc, pixels, step, kw, X, i, ld, lo, hi, 0
+                                    )
+                                for ox in range(tiles * mr, ON):
+                                    x0 = x_lo + ox * sx
+                                    lo, hi = -(x0 // unit), -((x0 - N) // unit)
+                                    pixels = simd.load_part(1, 1, G, ig + ox * C, C, 0, 1, C - c)
+                                    acc = simd.slide_sums(
+                                        acc, pixels, step, kw, X, ix + ox * sx * C, ld, lo, hi, C - c
+                                    )
                             simd.store(acc, P, ip, L)
 
     return sums
@@ -178,8 +182,8 @@ def _correlate_kernel(mr: int, kw: int, step: int, narrow: bool) -> Variants:
 
 
 @cache
-def _sums_kernel(kw: int, step: int, narrow: bool) -> Variants:
-    return Variants(_sums(_SUM_TILE, kw, step, _copies(kw), narrow))
+def _sums_kernel(mr: int, kw: int, step: int) -> Variants:
+    return Variants(_sums(mr, kw, step, _copies(kw)))
 
 
 def _copies(kw: int) -> int:
@@ -365,13 +369,16 @@ def depthwise2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.
     B, OH, OW, results = grad.shape
     L = simd.LANES * 4 // x.itemsize
     kw, step = _special(win.kernel[1], win.stride[1], win.dilation[1])
-    rows = max(1, _BLOCK_BYTES // (L * x.itemsize * (OW + x.shape[2] * win.stride[0])))
+    line, extra = x.strides[1], win.kernel[0] - win.stride[0]
+    rows = (_BLOCK_BYTES - extra * line) // (grad.strides[1] + win.stride[0] * line)
+    rows = max(1, rows)
     parts = -(-OH // rows)
     chunks = min(_TASKS, B * parts)
     vectors, groups, height = -(-results // L), win.kernel[1] // kw, _copies(kw) * kw
     sums = np.zeros((chunks, vectors, win.kernel[0], groups, height, L), x.dtype)
     geometry = (*win.stride, *win.dilation, win.padding[0][0], win.padding[1][0])
-    kernel = _sums_kernel(kw, step, results < L)
+    tile = min(_TILES, key=lambda mr: OW // mr * mr + 3 * (OW % mr))
+    kernel = _sums_kernel(tile, kw, step)
     kernel.choose(x.nbytes + grad.nbytes)(grad, x, sums, geometry, parts)
     # Over outer axes, in order, by NumPy: (vectors, KH, KW, L)
     total = sums.sum(axis=0).reshape(vectors, *win.kernel[:1], groups, -1, kw, L).sum(axis=3)
