@@ -38,8 +38,7 @@ from kernels.geometry import Window
 
 _TASKS = 16  # wanted at least; also the most chunks of a sum
 _TILES = (8, 6, 4)  # rows of a tile to choose from: for few registers, and little left over
-_SUM_TILE = 4
-_BLOCK_BYTES = 16 * 1024  # of one vector of channels: a block of rows in the first-level cache
+_BLOCK_BYTES = 24 * 1024  # of rows that are read several times: they stay in the nearest cache
 _STREAM_BYTES = 8 << 20  # results from here on leave no room in the caches for what they displace
 
 
@@ -48,9 +47,11 @@ _STREAM_BYTES = 8 << 20  # results from here on leave no room in the caches for 
 
 def _correlate(mr: int, kw: int, step: int, narrow: bool) -> Any:
     def correlate(X, W, bias, low, Y, phases, parts, streaming):
-        # Y[b, qy + oy py, qx + ox px, c] = max(bias[c] + sum_{ky, kx} X[b, iy, ix, c] w[ky, kx, c], low)
-        # iy = oy sy - top + ky dy, ix = ox sx - left + kx dx, where they lie inside X; w from W[first]
-        # X (B, H, N, C), Y (B, OH, ON, C), W (taps, C), bias (C,); narrow: C < L, W and bias up to L
+        # Y[b, qy + oy py, qx + ox px, c] =
+        #     max(bias[c] + sum_{ky, kx} X[b, iy, ix, c] W[first + ky KW + kx, c], low)
+        # iy = oy sy - top + ky dy, ix = ox sx - left + kx dx, where they lie inside X
+        # X (B, H, N, C), Y (B, OH, ON, C), W (taps, C), bias (C,)
+        # narrow: C < L, W and bias filled up to L
         # phases[f] = ((first, sy, sx, dy, dx), then for y and x: (q, p, count, K, top), ...)
         B, H, N, C = X.shape
         OH, ON = Y.shape[1:3]
@@ -106,12 +107,13 @@ def _correlate(mr: int, kw: int, step: int, narrow: bool) -> Any:
     return correlate
 
 
-def _sums(mr: int, kw: int, step: int, copies: int, narrow: bool) -> Any:
+def _sums(mr: int, kw: int, step: int, copies: int) -> Any:
     height = copies * kw
 
     def sums(G, X, P, geometry, parts):
         # P[chunk, v, ky, g, :, l] = parts of sum_{b, oy, ox} X[b, iy, ix, c] G[b, oy, ox, c]
-        # iy = oy sy - top + ky dy, ix = ox sx - left + (g kw + k) dx, inside X; c of vector v, lane l
+        # iy = oy sy - top + ky dy, ix = ox sx - left + (g kw + k) dx, inside X
+        # c is channel of vector v, lane l
         # X (B, H, N, C), G (B, OH, ON, C), P (chunks, vectors, KH, KW / kw, copies kw, L), zero
         B, H, N, C = X.shape
         OH, ON = G.shape[1:3]
@@ -119,6 +121,7 @@ def _sums(mr: int, kw: int, step: int, copies: int, narrow: bool) -> Any:
         L = simd.lanes(X)
         sy, sx, dy, dx, top, left = geometry
         ld, unit = (C, 1) if kw > 1 else (sx * C, sx)
+        tiles = 0 if C < L else ON // mr
         for chunk in prange(chunks):
             for block in range(B * parts * chunk // chunks, B * parts * (chunk + 1) // chunks):
                 b, part = block // parts, block % parts
@@ -132,41 +135,52 @@ def _sums(mr: int, kw: int, step: int, copies: int, narrow: bool) -> Any:
                         for g in range(groups):
                             ip = (((chunk * vectors + v) * KH + ky) * groups + g) * height * L
                             acc = simd.load(height, 1, P, ip, L)
+                            x_lo = g * kw * dx - left  # of ox = 0
+                            reach = ((mr - 1) * step + kw - 1) * unit
+                            t_lo = min(tiles, max(0, -(x_lo // (mr * sx))))
+                            t_hi = min(tiles, (N - 1 - reach - x_lo) // (mr * sx) + 1)
+                            inner = max(0, t_hi - t_lo)
                             for oy in range(oy_lo, oy_hi):
-                                row = (b * H + oy * sy + above) * N
+                                ix = ((b * H + oy * sy + above) * N + x_lo) * C + c
                                 ig = (b * OH + oy) * ON * C + c
-                                ox = 0
-                                while ox < ON:
+                                if ky == KH // 2 and g == 0:  # what the next block needs
+                                    for ox in range(0, ON, mr):
+                                        i = ig + (ahead * ON + ox) * C
+                                        simd.prefetch(mr, G, i, C)
+                                        for r in range(sy):
+                                            for s in range(sx):
+                                                i = ((ahead * sy + r) * N + ox * sx + s) * C
+                                                simd.prefetch(mr, X, ix + i, sx * C)
+                                for t in range(t_lo, t_lo + inner):
                                     simd.rolled()
-                                    x0 = ox * sx - left + g * kw * dx
-                                    ix = (row + x0) * C + c
-                                    last = x0 + ((mr - 1) * step + kw - 1) * unit
-                                    lo, hi = 0, 99
-                                    if x0 < 0 or last >= N:
-                                        lo, hi = -(x0 // unit), -((x0 - N) // unit)
-                                    if narrow or ox + mr > ON:
-                                        t = simd.load_part(1, 1, G, ig + ox * C, C, 0, 1, C - c)
-                                        acc = simd.slide_sums(
-                                            acc, t, step, kw, X, ix, ld, lo, hi, C - c
-                                        )
-                                        ox += 1
-                                    else:
-                                        t = simd.load(mr, 1, G, ig + ox * C, C)
-                                        if ky == KH // 2 and g == 0:
-                                            simd.prefetch(mr, G, ig + ox * C + ahead * ON * C, C)
-                                            for r in range(sy):
-                                                for s in range(sx):
-                                                    i = ((ahead * sy + r) * N + s) * C + ix
-                                                    simd.prefetch(mr, X, i, sx * C)
-                                        if x0 >= 0 and last < N:
-                                            acc = simd.slide_sums(
-                                                acc, t, step, kw, X, ix, ld, 0, 99, 0
-                                            )
-                                        else:
-                                            acc = simd.slide_sums(
-                                                acc, t, step, kw, X, ix, ld, lo, hi, 0
-                                            )
-                                        ox += mr
+                                    pixels = simd.load(mr, 1, G, ig + t * mr * C, C)
+                                    i = ix + t * mr * sx * C
+                                    acc = simd.slide_sums(acc, pixels, step, kw, X, i, ld, 0, 99, 0)
+                                for e in range(tiles - inner):
+                                    t = e if e < t_lo else e + inner
+                                    x0 = x_lo + t * mr * sx
+                                    lo, hi = -(x0 // unit), -((x0 - N) // unit)
+                                    pixels = simd.load(mr, 1, G, ig + t * mr * C, C)
+                                    i = ix + t * mr * sx * C
+                                    acc = simd.slide_sums(
+                                        acc, pixels, step, kw, X, i, ld, lo, hi, 0
+                                    )
+                                for ox in range(tiles * mr, ON):
+                                    x0 = x_lo + ox * sx
+                                    lo, hi = -(x0 // unit), -((x0 - N) // unit)
+                                    pixels = simd.load_part(1, 1, G, ig + ox * C, C, 0, 1, C - c)
+                                    acc = simd.slide_sums(
+                                        acc,
+                                        pixels,
+                                        step,
+                                        kw,
+                                        X,
+                                        ix + ox * sx * C,
+                                        ld,
+                                        lo,
+                                        hi,
+                                        C - c,
+                                    )
                             simd.store(acc, P, ip, L)
 
     return sums
@@ -178,8 +192,8 @@ def _correlate_kernel(mr: int, kw: int, step: int, narrow: bool) -> Variants:
 
 
 @cache
-def _sums_kernel(kw: int, step: int, narrow: bool) -> Variants:
-    return Variants(_sums(_SUM_TILE, kw, step, _copies(kw), narrow))
+def _sums_kernel(mr: int, kw: int, step: int) -> Variants:
+    return Variants(_sums(mr, kw, step, _copies(kw)))
 
 
 def _copies(kw: int) -> int:
@@ -209,8 +223,10 @@ class _Plan(NamedTuple):
     order: np.ndarray | None  # of the weights by phase, where it is not theirs
 
 
-def _plan(axes: list[tuple[_Axis, _Axis]], stride: tuple[int, int], width: int) -> _Plan:
-    """The phases of a kernel with rows of this width."""
+def _plan(
+    axes: list[tuple[_Axis, _Axis]], stride: tuple[int, int], width: int, special: bool
+) -> _Plan:
+    """The phases of a kernel with rows of `width`; whether they may have code of their own."""
     table, order = [], []
     for y, x in axes:
         sizes = [(a.q, a.p, a.count, len(a.taps), a.before) for a in (y, x)]
@@ -218,9 +234,11 @@ def _plan(axes: list[tuple[_Axis, _Axis]], stride: tuple[int, int], width: int) 
         order += [ky * width + kx for ky in y.taps for kx in x.taps]
     columns = max(x.count for _, x in axes)
     tile = min(_TILES, key=lambda mr: -(-columns // mr) * mr)
-    kw, step = _special(len(axes[0][1].taps), stride[1], axes[0][1].d)
-    if len(axes) > 1:
-        kw, step = 1, 1
+    kw, step = 1, 1
+    if special and len(axes) == 1:
+        kw, step = _special(len(axes[0][1].taps), stride[1], axes[0][1].d)
+    if not special:
+        tile = _TILES[0]
     moved = order != list(range(len(order)))
     return _Plan(np.array(table), tile, kw, step, np.array(order) if moved else None)
 
@@ -231,7 +249,7 @@ def _special(kernel: int, stride: int, dilation: int) -> tuple[int, int]:
 
 
 @lru_cache(1024)
-def _forward_plan(height: int, width: int, win: Window) -> _Plan:
+def _forward_plan(height: int, width: int, win: Window, special: bool) -> _Plan:
     rows, columns = win.output(height, width)
     y, x = (
         _Axis(0, 1, n, tuple(range(k)), before, d)
@@ -239,11 +257,11 @@ def _forward_plan(height: int, width: int, win: Window) -> _Plan:
             (rows, columns), win.kernel, win.padding, win.dilation, strict=True
         )
     )
-    return _plan([(y, x)], win.stride, win.kernel[1])
+    return _plan([(y, x)], win.stride, win.kernel[1], special)
 
 
 @lru_cache(1024)
-def _backward_plan(height: int, width: int, win: Window) -> _Plan:
+def _backward_plan(height: int, width: int, win: Window, special: bool) -> _Plan:
     by_axis = []
     for n, k, s, (before, _), d in zip(
         (height, width), win.kernel, win.stride, win.padding, win.dilation, strict=True
@@ -255,7 +273,7 @@ def _backward_plan(height: int, width: int, win: Window) -> _Plan:
             origin = (r + before - taps[0] * d) // s if taps else 0
             phases.append(_Axis(r, s, -(-(n - r) // s), taps, -origin, d // math.gcd(s, d)))
         by_axis.append(phases)
-    return _plan([(y, x) for y in by_axis[0] for x in by_axis[1]], (1, 1), win.kernel[1])
+    return _plan([(y, x) for y in by_axis[0] for x in by_axis[1]], (1, 1), win.kernel[1], special)
 
 
 def _run(
@@ -320,10 +338,11 @@ def depthwise2d(
         if bias.shape != (results,):
             raise ValueError(f"{name}: w {w.shape}: expected bias ({results},), got {bias.shape}")
         x, w, bias = prepared(name, x, w, bias)
-    plan = _forward_plan(x.shape[1], x.shape[2], win)
-    x, factor = _repeated(x, w.shape[3]), w.shape[2] * w.shape[3]
-    shape = (len(x), *win.output(x.shape[1], x.shape[2]), factor)
-    return _run(x, w.reshape(*win.kernel, factor), bias, 0 if relu else -np.inf, shape, plan)
+    results = w.shape[2] * w.shape[3]
+    plan = _forward_plan(x.shape[1], x.shape[2], win, _hot(x.dtype, results))
+    x = _repeated(x, w.shape[3])
+    shape = (len(x), *win.output(x.shape[1], x.shape[2]), results)
+    return _run(x, w.reshape(*win.kernel, results), bias, 0 if relu else -np.inf, shape, plan)
 
 
 def depthwise2d_input_grad(
@@ -339,10 +358,8 @@ def depthwise2d_input_grad(
     _check_grad(name, grad, shape, factor, win)
     grad, w = prepared(name, grad, w)
     results = channels * factor
-    plan = _backward_plan(shape[1], shape[2], win)
-    gx = _run(
-        grad, w.reshape(*win.kernel, results), None, -np.inf, (*shape[:3], results), plan
-    )
+    plan = _backward_plan(shape[1], shape[2], win, _hot(grad.dtype, results))
+    gx = _run(grad, w.reshape(*win.kernel, results), None, -np.inf, (*shape[:3], results), plan)
     return gx if factor == 1 else gx.reshape(*shape, factor).sum(axis=-1)
 
 
@@ -364,14 +381,19 @@ def depthwise2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.
     x = _repeated(x, factor)
     B, OH, OW, results = grad.shape
     L = simd.LANES * 4 // x.itemsize
-    kw, step = _special(win.kernel[1], win.stride[1], win.dilation[1])
-    rows = max(1, _BLOCK_BYTES // (L * x.itemsize * (OW + x.shape[2] * win.stride[0])))
+    kw, step, tile = 1, 1, _TILES[0]
+    if _hot(x.dtype, results):
+        kw, step = _special(win.kernel[1], win.stride[1], win.dilation[1])
+        tile = min(_TILES, key=lambda mr: OW // mr * mr + 3 * (OW % mr))
+    line, extra = x.strides[1], win.kernel[0] - win.stride[0]
+    rows = (_BLOCK_BYTES - extra * line) // (grad.strides[1] + win.stride[0] * line)
+    rows = max(1, rows)
     parts = -(-OH // rows)
     chunks = min(_TASKS, B * parts)
     vectors, groups, height = -(-results // L), win.kernel[1] // kw, _copies(kw) * kw
     sums = np.zeros((chunks, vectors, win.kernel[0], groups, height, L), x.dtype)
     geometry = (*win.stride, *win.dilation, win.padding[0][0], win.padding[1][0])
-    kernel = _sums_kernel(kw, step, results < L)
+    kernel = _sums_kernel(tile, kw, step)
     kernel.choose(x.nbytes + grad.nbytes)(grad, x, sums, geometry, parts)
     # Over outer axes, in order, by NumPy: (vectors, KH, KW, L)
     total = sums.sum(axis=0).reshape(vectors, *win.kernel[:1], groups, -1, kw, L).sum(axis=3)
@@ -383,6 +405,11 @@ def depthwise2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.
         start = max(0, results - L)
         gw[..., start:] = total[:, :, -1, : results - start]
     return gw.reshape(*win.kernel, channels, factor)
+
+
+def _hot(dtype: Any, channels: int) -> bool:
+    """Whether code for special kernels pays: float64 is for checks, short vectors waste anyway."""
+    return dtype == np.float32 and channels >= simd.LANES
 
 
 def _repeated(x: np.ndarray, factor: int) -> np.ndarray:

@@ -63,8 +63,9 @@ def _weighted(nr: int) -> Any:
 
 def _largest(nr: int, np: int) -> Any:
     def largest(X, y_at, y_from, x_at, x_from, low, Y, P, parts):
-        # Y[b, i, j, c] = max_{e, f} X[b, y_from[e], x_from[f], c], P its place y_from[e] N + x_from[f]
-        # e, f as above, in order; the first of equals, or the first NaN; `low`, -1 if there are none
+        # Y[b, i, j, c] = max_{e, f} X[b, y_from[e], x_from[f], c],
+        # P[b, i, j, c] its place y_from[e] N + x_from[f]
+        # e, f as above, in order; the first of equals or the first NaN; low and -1 if there is none
         # X (B, H, N, C), Y, P (B, OH, ON, C); np vectors of P have the lanes of nr vectors of X
         B, H, N, C = X.shape
         OH, ON = Y.shape[1:3]
@@ -107,12 +108,12 @@ def _largest(nr: int, np: int) -> Any:
 
 def _scatter_loop(G, P, X):
     # X[b, P[b, o, c], c] = sum of G[b, o, c] over o, in order; else 0
-    # G, P (B, O, C), X (B, pixels, C); P < 0: nowhere
-    B, O, C = G.shape
+    # G, P (B, windows, C), X (B, pixels, C); places outside X: nowhere
+    B, windows, C = G.shape
     pixels = X.shape[1]
     for b in prange(B):
         X[b] = 0
-        for o in range(O):
+        for o in range(windows):
             for c in range(C):
                 place = P[b, o, c]
                 if 0 <= place < pixels:
@@ -265,7 +266,8 @@ def avg_pool2d(x: np.ndarray, win: Window) -> np.ndarray:
 def avg_pool2d_grad(grad: np.ndarray, shape: Sequence[int], win: Window) -> np.ndarray:
     """Gradient of `avg_pool2d` by x of `shape` (B, H, W, C).
 
-    gx[b, iy, ix, c] = sum over its windows of grad[b, oy, ox, c] / T[oy, ox], T pixels in the image.
+    gx[b, iy, ix, c] = sum over its windows of grad[b, oy, ox, c] / T[oy, ox], where T counts the
+    pixels of the window that lie in the image.
     """
     name = "avg_pool2d_grad"
     _check_image(name, shape)

@@ -447,7 +447,7 @@ def _columns(code: Any, x: Any, count: int, bounds: Any, static: Any, column: An
 
 
 def _slide(name: str, acc: Any, X: Any, cols: Any, *tiles: Any) -> Any:
-    """How a column of X is loaded: whole, or its first `cols` elements where cols is no constant."""
+    """How a column of X is loaded: whole, or its first `cols` elements if that is no constant."""
     _tile(name, acc, *tiles)
     _array(name, X, acc.dtype)
     part = not isinstance(cols, types.IntegerLiteral)
