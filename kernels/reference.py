@@ -472,7 +472,7 @@ def conv2d_input_grad(
     grad: np.ndarray, w: np.ndarray, shape: Sequence[int], win: Window
 ) -> np.ndarray:
     """Gradient of `conv2d` by x of this shape, given grad = d loss / d y."""
-    # gx[b, iy, ix, c] = sum over the taps that read it, and n, of grad[b, oy, ox, n] w[ky, kx, c, n]
+    # gx[b, iy, ix, c] = sum of grad[b, oy, ox, n] w[ky, kx, c, n] over the taps that read it, and n
     gx = np.zeros(shape, grad.dtype)
     for oy, ox, ky, kx, iy, ix in _taps(win, shape):
         for b, c, n in _indices((len(grad), *w.shape[2:])):
