@@ -205,11 +205,11 @@ def _copies(kw: int) -> int:
 
 
 class _Axis(NamedTuple):
-    """One residue of one axis: results q, q + p, ... (count) from taps x[o s - before + k d]."""
+    """One residue of one axis: results q, q + p, ... (so many) from taps x[o s - before + k d]."""
 
     q: int
     p: int
-    count: int
+    results: int
     taps: tuple[int, ...]  # which weights, in order of k
     before: int
     d: int
@@ -227,12 +227,13 @@ def _plan(
     axes: list[tuple[_Axis, _Axis]], stride: tuple[int, int], width: int, special: bool
 ) -> _Plan:
     """The phases of a kernel with rows of `width`; whether they may have code of their own."""
-    table, order = [], []
+    table: list[tuple[int, ...]] = []
+    order: list[int] = []
     for y, x in axes:
-        sizes = [(a.q, a.p, a.count, len(a.taps), a.before) for a in (y, x)]
+        sizes = [(a.q, a.p, a.results, len(a.taps), a.before) for a in (y, x)]
         table.append((len(order), *stride, y.d, x.d, *sizes[0], *sizes[1]))
         order += [ky * width + kx for ky in y.taps for kx in x.taps]
-    columns = max(x.count for _, x in axes)
+    columns = max(x.results for _, x in axes)
     tile = min(_TILES, key=lambda mr: -(-columns // mr) * mr)
     kw, step = 1, 1
     if special and len(axes) == 1:

@@ -33,9 +33,9 @@ class _Windowed(Op):
     relu: bool
 
     def _window(self, x: Array, w: Array) -> Window:
-        win = window(*x.shape[1:3], w.shape[:2], self.stride, self.padding, self.dilation)  # type: ignore[arg-type]
+        win = window(x.shape[1], x.shape[2], w.shape[:2], self.stride, self.padding, self.dilation)
         try:
-            win.output(*x.shape[1:3])
+            win.output(x.shape[1], x.shape[2])
         except ValueError:
             raise self.reject("an image that the kernel fits in", x, w) from None
         return win
@@ -43,12 +43,6 @@ class _Windowed(Op):
     def _check(self, fits: bool, required: str, *arrays: Array) -> None:
         if not fits or not all(a.size for a in arrays):
             raise self.reject(required, *arrays)
-
-    def _rectified(self, grad: Array, y: Array | None) -> Array:
-        """The gradient before the ReLU that was applied in the same pass, if any."""
-        if y is None:
-            return np.ascontiguousarray(grad)
-        return relu_grad(np.ascontiguousarray(grad), y)
 
 
 @dataclass(frozen=True)
@@ -96,7 +90,7 @@ class Conv2d(_Windowed):
         self, grad: Array, saved: Saved, needs: tuple[bool, ...] = (True, True, True)
     ) -> tuple[Array | None, ...]:
         x, w, y = saved
-        win, grad = self._window(x, w), self._rectified(grad, y)
+        win, grad = self._window(x, w), _rectified(grad, y)
         grads = (
             conv.conv2d_input_grad(grad, w, x.shape, win) if needs[0] else None,
             conv.conv2d_weight_grad(grad, x, win) if needs[1] else None,
@@ -155,7 +149,7 @@ class DepthwiseConv2d(_Windowed):
         self, grad: Array, saved: Saved, needs: tuple[bool, ...] = (True, True, True)
     ) -> tuple[Array | None, ...]:
         x, w, y = saved
-        win, grad = self._window(x, w), self._rectified(grad, y)
+        win, grad = self._window(x, w), _rectified(grad, y)
         grads = (
             depthwise.depthwise2d_input_grad(grad, w, x.shape, win) if needs[0] else None,
             depthwise.depthwise2d_weight_grad(grad, x, win) if needs[1] else None,
@@ -219,7 +213,7 @@ class ConvTranspose2d(Op):
     ) -> tuple[Array | None, ...]:
         x, w, y = saved
         _, win = self._geometry(x, w)
-        grad = _Windowed._rectified(self, grad, y)  # type: ignore[arg-type]
+        grad = _rectified(grad, y)
         grads = (
             deconv.conv2d_transpose_input_grad(grad, w, win) if needs[0] else None,
             deconv.conv2d_transpose_weight_grad(grad, x, win) if needs[1] else None,
@@ -229,7 +223,7 @@ class ConvTranspose2d(Op):
 
     def _geometry(self, x: Array, w: Array) -> tuple[Shape, Window]:
         height, width = (n or x.shape[i + 1] * self.stride[i] for i, n in enumerate(self.output))
-        win = window(height, width, w.shape[:2], self.stride, self.padding)  # type: ignore[arg-type]
+        win = window(height, width, w.shape[:2], self.stride, self.padding)
         if win.output(height, width) != x.shape[1:3]:
             raise self.reject(f"an input of {win.output(height, width)} windows", x, w)
         return (len(x), height, width, w.shape[3]), win
@@ -247,12 +241,17 @@ def _biased(y: Array, bias: Array | None) -> Array:
     return y if bias is None else y + bias
 
 
+def _rectified(grad: Array, y: Array | None) -> Array:
+    """The gradient before the ReLU that was applied in the same pass, if any."""
+    return np.ascontiguousarray(grad) if y is None else relu_grad(np.ascontiguousarray(grad), y)
+
+
 def _bias_grad(grad: Array) -> Array:
     return grad.reshape(-1, grad.shape[-1]).sum(axis=0, dtype=grad.dtype)
 
 
 def _output(op: Any, x: Shape, w: Shape) -> Pair:
-    return window(x[1], x[2], w[:2], op.stride, op.padding, op.dilation).output(x[1], x[2])  # type: ignore[arg-type]
+    return window(x[1], x[2], (w[0], w[1]), op.stride, op.padding, op.dilation).output(x[1], x[2])
 
 
 def pair(op: str, name: str, value: int | Pair) -> Pair:
@@ -263,10 +262,10 @@ def pair(op: str, name: str, value: int | Pair) -> Pair:
     return int(both[0]), int(both[1])
 
 
-def padded(op: str, value: str | int | Any) -> Padding:
+def padded(op: str, value: Any) -> Padding:
     """A padding as the ops take it, from "same", "valid", a number or two pairs of numbers."""
     if value in ("same", "valid"):
-        return value  # type: ignore[return-value]
+        return value
     if isinstance(value, int) and value >= 0:
         return ((value, value), (value, value))
     try:

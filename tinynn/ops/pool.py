@@ -26,9 +26,9 @@ class _Pool(Op):
     def _window(self, x: Array) -> Window:
         if x.ndim != 4 or not x.size:
             raise self.reject("images (B, H, W, C), not empty", x)
-        win = window(*x.shape[1:3], self.kernel_size, self.stride, self.padding)  # type: ignore[arg-type]
+        win = window(x.shape[1], x.shape[2], self.kernel_size, self.stride, self.padding)
         try:
-            win.output(*x.shape[1:3])
+            win.output(x.shape[1], x.shape[2])
         except ValueError:
             raise self.reject("an image that the window fits in", x) from None
         return win
