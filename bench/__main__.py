@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         for name in suites.names():
             print(f"{name:<14}{suites.load(name).SUMMARY}")
+        for name, members in suites.GROUPS.items():
+            print(f"{name:<14}all of: {', '.join(members)}")
         return 0
     try:
         problems = _problems(options)
@@ -81,7 +83,8 @@ def _problems(options: argparse.Namespace) -> list[tuple[Suite, Case]]:
     if not options.suites and not options.case:
         raise CaseError("required a SUITE or --case; --list shows the suites")
     problems = []
-    for name in options.suites:
+    asked = (n for name in options.suites for n in suites.GROUPS.get(name, (name,)))
+    for name in dict.fromkeys(asked):
         if name not in suites.names():
             raise CaseError(f"no suite {name!r}; there are: {', '.join(suites.names())}")
         suite = suites.load(name)
@@ -133,7 +136,8 @@ def _run(problems: list[tuple[Suite, Case]], options: argparse.Namespace) -> int
     if options.out is not None:
         if summary:
             report.plot_ratios(records, options.out / "ratios.png")
-        report.plot_roofline(records, work, limits, options.out / "roofline.png")
+        if limits:
+            report.plot_roofline(records, work, limits, options.out / "roofline.png")
     return 0 if all(OURS in race.timings for race in races) else 1
 
 
@@ -158,7 +162,8 @@ def _races(
     records: list[Record] = []
     work: dict[str, Work] = {}
     for suite, case in problems:
-        chosen = [n for n in suite.LIBRARIES if n == OURS or peers is None or n in peers]
+        able = suites.contestants(suite, case)
+        chosen = [n for n in able if n == OURS or peers is None or n in peers]
         race = team.race(suite, case, chosen)
         work[str(case)] = suite.work(case)
         found = records_of(race, work[str(case)], roof.get(case.threads))

@@ -50,6 +50,10 @@ def _prepare_numpy(threads: int) -> None:
     pass  # its BLAS has read the environment
 
 
+def _prepare_runtime(threads: int) -> None:
+    pass  # told for each graph
+
+
 def _prepare_torch(threads: int) -> None:
     import torch
 
@@ -64,5 +68,7 @@ LIBRARIES = {
         Library("numpy", "numpy", _prepare_numpy),
         Library("torch", "torch", _prepare_torch),
         Library("torch_compile", "torch", _prepare_torch),
+        Library("onnxruntime", "onnxruntime", _prepare_runtime),
+        Library("openvino", "openvino", _prepare_runtime),
     )
 }

@@ -22,6 +22,8 @@ import numba
 import numpy as np
 from numba.core.caching import FunctionCache
 
+from kernels import simd
+
 # Where GNU OpenMP runs the threads: let an idle thread spin for some ten microseconds only, enough
 # from one kernel to the next. By default it spins for milliseconds, and two busy processes on one
 # machine then slow each other down many times over. Read when the library is loaded.
@@ -154,6 +156,7 @@ def _fingerprint() -> str:
         np.__version__,
         sys.version,
         platform.platform(),
+        simd.LEVEL,
         _config.CPU_NAME or llvm.get_host_cpu_name(),
         _config.CPU_FEATURES or llvm.get_host_cpu_features().flatten(),
         _config.OPT,

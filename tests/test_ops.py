@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels.geometry import window
 from tinynn import ops
 from tinynn.errors import DataError, DTypeError, ShapeError, TinynnError
 from tinynn.gradcheck import GradientError, gradcheck
@@ -78,6 +79,48 @@ def test_float32_gradient_agrees_with_float64(sample: Sample) -> None:
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def _rectified(op: Any, y: Any) -> Any:
+    return y.relu() if op.relu else y
+
+
+def _window(op: Any, x: Any, kernel: Any) -> Any:
+    return window(*x.shape[1:3], kernel, op.stride, op.padding, getattr(op, "dilation", (1, 1)))
+
+
+def _padded(T: Any, x: Any, win: Any, value: float) -> Any:
+    """Images NHWC as torch wants them, NCHW, with explicit padding."""
+    (top, bottom), (left, right) = win.padding
+    return T.nn.functional.pad(x.permute(0, 3, 1, 2), (left, right, top, bottom), value=value)
+
+
+def torch_conv(T: Any, op: Any, x: Any, w: Any, b: Any, groups: int = 1) -> Any:
+    win = _window(op, x, tuple(w.shape[:2]))
+    y = T.nn.functional.conv2d(
+        _padded(T, x, win, 0.0), w.permute(3, 2, 0, 1), b, op.stride, 0, op.dilation, groups
+    )
+    return y.permute(0, 2, 3, 1)
+
+
+def torch_transpose(T: Any, op: Any, x: Any, w: Any, b: Any) -> Any:
+    """The gradient of a convolution by its input, asked of torch's own convolution."""
+    rows, columns = (n or x.shape[i + 1] * op.stride[i] for i, n in enumerate(op.output))
+    zeros = T.zeros(len(x), rows, columns, w.shape[3], dtype=x.dtype, requires_grad=True)
+    forward = type("Forward", (), {"stride": op.stride, "padding": op.padding, "dilation": (1, 1)})
+    y = torch_conv(T, forward, zeros, w.transpose(2, 3), None)
+    (out,) = T.autograd.grad(y, zeros, x, create_graph=True)
+    return _rectified(op, out + b)
+
+
+def torch_pool(T: Any, op: Any, x: Any, pool: Any, value: float) -> Any:
+    win = _window(op, x, op.kernel_size)
+    return pool(_padded(T, x, win, value), op.kernel_size, op.stride).permute(0, 2, 3, 1)
+
+
+def torch_average(T: Any, op: Any, x: Any) -> Any:
+    total = torch_pool(T, op, x, T.nn.functional.avg_pool2d, 0.0)
+    return total / torch_pool(T, op, T.ones_like(x), T.nn.functional.avg_pool2d, 0.0)
+
+
 TORCH: dict[str, Any] = {
     "add": lambda T, op, a, b: a + b,
     "sub": lambda T, op, a, b: a - b,
@@ -105,6 +148,20 @@ TORCH: dict[str, Any] = {
         x, [n for w in reversed(op.widths) for n in w], value=op.value
     ),
     "index": None,  # torch has no negative steps
+    "conv2d": lambda T, op, x, w, b: _rectified(op, torch_conv(T, op, x, w, b)),
+    "depthwise_conv2d": lambda T, op, x, w, b: _rectified(
+        op, torch_conv(T, op, x, w.reshape(*w.shape[:2], 1, -1), b, groups=w.shape[2])
+    ),
+    "conv_transpose2d": lambda T, op, x, w, b: torch_transpose(T, op, x, w, b),
+    "max_pool2d": lambda T, op, x: torch_pool(T, op, x, T.nn.functional.max_pool2d, -np.inf),
+    "avg_pool2d": lambda T, op, x: torch_average(T, op, x),
+    "batch_norm": lambda T, op, x, g, b: _rectified(
+        op,
+        T.nn.functional.batch_norm(
+            x.reshape(-1, x.shape[-1]), None, None, g, b, training=True, eps=op.eps
+        ).reshape(x.shape),
+    ),
+    "scale_shift": lambda T, op, x, a, b: _rectified(op, x * a + b),
     "take": lambda T, op, x, i: x[i],
     "softmax": lambda T, op, x: x.softmax(op.axis),
     "log_softmax": lambda T, op, x: x.log_softmax(op.axis),

@@ -66,6 +66,27 @@ class Suite(Protocol):
         ...
 
 
+#: What `python -m bench` takes for several suites at once.
+GROUPS = {
+    "kernels": (
+        "matmul",
+        "conv",
+        "depthwise",
+        "deconv",
+        "batchnorm",
+        "pool",
+        "train_step",
+        "roofline",
+    ),
+}
+
+
+def contestants(suite: Suite, case: Case) -> Sequence[str]:
+    """Who can build this case: `suite.contestants(case)` where a suite has it, else LIBRARIES."""
+    chosen = getattr(suite, "contestants", None)
+    return suite.LIBRARIES if chosen is None else cast("Sequence[str]", chosen(case))
+
+
 def names() -> list[str]:
     """The suites that there are."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))

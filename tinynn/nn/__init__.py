@@ -1,17 +1,55 @@
 """Layers and models."""
 
+from tinynn.nn.blocks import (
+    Add,
+    BottleneckBlock,
+    Concat,
+    InceptionBlock,
+    ResidualBlock,
+    SeparableResidualBlock,
+    Shortcut,
+)
+from tinynn.nn.conv import (
+    AvgPool2d,
+    BatchNorm,
+    Conv2d,
+    ConvTranspose2d,
+    DepthwiseConv2d,
+    GlobalAvgPool2d,
+    KernelComposingConv2d,
+    MaxPool2d,
+    PointwiseConv2d,
+    SeparableConv2d,
+)
 from tinynn.nn.layers import Dropout, Flatten, Linear, ReLU, Sigmoid, Softmax, Tanh
 from tinynn.nn.module import Module, Parameter, Sequential
 from tinynn.nn.serialize import load, save
 
 __all__ = [
+    "Add",
+    "AvgPool2d",
+    "BatchNorm",
+    "BottleneckBlock",
+    "Concat",
+    "Conv2d",
+    "ConvTranspose2d",
+    "DepthwiseConv2d",
     "Dropout",
     "Flatten",
+    "GlobalAvgPool2d",
+    "InceptionBlock",
+    "KernelComposingConv2d",
     "Linear",
+    "MaxPool2d",
     "Module",
     "Parameter",
+    "PointwiseConv2d",
     "ReLU",
+    "ResidualBlock",
+    "SeparableConv2d",
+    "SeparableResidualBlock",
     "Sequential",
+    "Shortcut",
     "Sigmoid",
     "Softmax",
     "Tanh",

@@ -39,9 +39,7 @@ class Linear(Module):
 
     def check(self) -> None:
         """Raise ShapeError or DTypeError unless weights and bias are parameters that fit."""
-        parts = [p for p in (self.weight, self.bias) if p is not None]
-        if not all(isinstance(p, Parameter) for p in parts) or len({p.dtype for p in parts}) > 1:
-            raise DTypeError(f"Linear: required parameters of one dtype; came {parts}")
+        parts = require_parameters("Linear", self.weight, self.bias)
         shapes = [p.shape for p in parts]
         if self.weight.ndim != 2 or shapes[1:] not in ([], [self.weight.shape[1:]]):
             raise ShapeError(f"Linear: required weight (K, N) and bias (N,); came {shapes}")
@@ -115,3 +113,11 @@ class Dropout(Module):
             return x
         kept = self.rng.random(x.shape, dtype=np.float32) >= self.p
         return ops.mul(x, Tensor(kept.astype(x.dtype) / x.dtype.type(1 - self.p), copy=False))
+
+
+def require_parameters(layer: str, *parts: Parameter | None) -> list[Parameter]:
+    """Those that are not None; raises DTypeError unless they are Parameters of one dtype."""
+    given = [p for p in parts if p is not None]
+    if not all(isinstance(p, Parameter) for p in given) or len({p.dtype for p in given}) > 1:
+        raise DTypeError(f"{layer}: required parameters of one dtype; came {given}")
+    return given

@@ -1,6 +1,7 @@
 """The ops as functions on Tensors. Importing this package gives Tensor its methods too."""
 
 from tinynn import tensor as _tensor
+from tinynn.ops.conv import conv2d, conv_transpose2d, depthwise_conv2d
 from tinynn.ops.elementwise import (
     absolute,
     add,
@@ -20,22 +21,32 @@ from tinynn.ops.elementwise import (
 )
 from tinynn.ops.linear import linear, matmul
 from tinynn.ops.loss import log_softmax, mse, rmse, softmax, softmax_cross_entropy
+from tinynn.ops.norm import batchnorm, batchnorm_eval, scale_shift
+from tinynn.ops.pool import avg_pool2d, global_avg_pool2d, max_pool2d
 from tinynn.ops.reduce import max, mean, sum, var
 from tinynn.ops.shape import concat, flatten, index, pad, reshape, take, transpose
 
 __all__ = [
     "absolute",
     "add",
+    "avg_pool2d",
+    "batchnorm",
+    "batchnorm_eval",
     "concat",
+    "conv2d",
+    "conv_transpose2d",
+    "depthwise_conv2d",
     "div",
     "exp",
     "flatten",
+    "global_avg_pool2d",
     "index",
     "linear",
     "log",
     "log_softmax",
     "matmul",
     "max",
+    "max_pool2d",
     "maximum",
     "mean",
     "minimum",
@@ -47,6 +58,7 @@ __all__ = [
     "relu",
     "reshape",
     "rmse",
+    "scale_shift",
     "sigmoid",
     "softmax",
     "softmax_cross_entropy",

@@ -1,0 +1,488 @@
+"""Convolution over NHWC images with HWIO weights, its gradients, and its transpose, directly.
+
+Nothing is gathered into a matrix first, and no tap outside the image is computed. One kernel does
+the convolution and the gradient by its input; all it needs of either is, along each axis, which
+pixels of the result it makes, and where their taps lie in the image (`_Axis`).
+
+    Y[b, y(u), x(v), n] = bias[n] + sum X[b, u sy + t dy - py, v sx + s dx - px, k] W[t, s, k, n]
+
+summed over the taps t, s inside the image and over channels k.
+
+The convolution is that with y(u) = u. In its gradient by the input the pixels of the result fall
+into stride x stride phases; those of one phase meet the same taps, evenly spaced, and make a
+convolution of stride 1 (`_phases`). So no product with a zero is computed.
+
+A register tile holds mr neighbouring pixels of a row times nr vectors of output channels. Where the
+window lies inside the image for all of them, its taps along x and their channels are one loop; the
+taps that only some of them have run in those rows of the tile only.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import prange
+
+from kernels import memory, pointwise, simd
+from kernels._jit import Variants, prepared
+from kernels.geometry import Window
+from kernels.product import _aligned, _pack_kernel
+
+_BLOCK_BYTES = 384 * 1024  # of images that one panel of weights passes over
+_TASKS = 16  # wanted at least; also the most chunks of a sum
+_CHUNK_PIXELS = 1024  # of a sum over pixels, at least
+
+
+# --- convolution and input gradient ---------------------------------------------------------------
+
+
+def _tiles(mr: int, nr: int) -> Any:
+    def tiles(X, P, bias, low, Y, rows, columns, first, cols, block, groups):
+        # Y[b, y, x + i xs, first + n] = max(bias[first + n] + sum_{t, s, k}
+        #     X[b, up + t dy, left + i sx + s dx, k] P[n // W, t, s, k, n % W], low)
+        # for each (y, up, t_lo, t_hi) in rows.table, t_lo <= t < t_hi, and each tile of mr pixels
+        # i in columns.table: see `_Axis.table`;  0 <= n < cols, W = nr L or L / 2
+        # X (B, H, V, C), Y (B, OH, OW, N), P (panels, TY TX C, W), bias (N,)
+        B, height, width, C = X.shape
+        OH, OW, N = Y.shape[1:]
+        R, _, TY, _, dy = rows
+        T, xs, TX, sx, dx = columns
+        W = nr * simd.lanes(Y) if nr else simd.lanes(Y) // 2
+        panels = (cols + W - 1) // W
+        for task in prange((B + block - 1) // block * groups):
+            r, g = task // groups, task % groups
+            for p in range(panels * g // groups, panels * (g + 1) // groups):
+                n, part = first + p * W, min(W, cols - p * W)
+                for b in range(r * block, min(B, (r + 1) * block)):
+                    for u in range(len(R)):
+                        y, up, t_lo, t_hi = R[u, 0], R[u, 1], R[u, 3], R[u, 4]
+                        for m in range(len(T)):
+                            left, done, hi = T[m, 1], T[m, 2], T[m, 7]
+                            f_lo, f_hi = T[m, 5], T[m, 6]
+                            at = ((b * height + up) * width + left) * C
+                            runs, length = (1, (f_hi - f_lo) * C) if dx == 1 else (f_hi - f_lo, C)
+                            acc = simd.zeros(mr, nr, Y)
+                            for t in range(t_lo, t_hi):
+                                for run in range(runs):
+                                    ix = at + (t * dy * width + (f_lo + run) * dx) * C
+                                    ip = ((p * TY + t) * TX + f_lo + run) * C * W
+                                    for _ in range(length):
+                                        simd.rolled()
+                                        acc = simd.rank1(acc, X, ix, sx * C, P, ip)
+                                        ix += 1
+                                        ip += W
+                            for s in range(T[m, 3], T[m, 4]):
+                                if f_lo <= s < f_hi:
+                                    continue
+                                row_lo, row_hi = T[m, 8 + 2 * s], T[m, 9 + 2 * s]
+                                for t in range(t_lo, t_hi):
+                                    ix = at + (t * dy * width + s * dx) * C
+                                    ip = ((p * TY + t) * TX + s) * C * W
+                                    for _ in range(C):
+                                        simd.rolled()
+                                        acc = simd.rank1_rows(
+                                            acc, X, ix, sx * C, P, ip, row_lo, row_hi
+                                        )
+                                        ix += 1
+                                        ip += W
+                            iy = ((b * OH + y) * OW + T[m, 0]) * N + n
+                            if done == 0 and hi == mr and part == W:
+                                acc = simd.add(acc, simd.load(1, nr, bias, n, 0))
+                                acc = simd.maximum(acc, simd.fill(1, nr, Y, low))
+                                simd.store(acc, Y, iy, xs * N)
+                            else:
+                                acc = simd.add(acc, simd.load_part(1, nr, bias, n, 0, 0, 1, part))
+                                acc = simd.maximum(acc, simd.fill(1, nr, Y, low))
+                                simd.store_part(acc, Y, iy, xs * N, done, hi, part)
+
+    return tiles
+
+
+@cache
+def _tile_kernel(mr: int, nr: int) -> Variants:
+    return Variants(_tiles(mr, nr))
+
+
+class _Axis(NamedTuple):
+    """Pixels first + i step along rows or columns, i < length: taps at i stride + t gap - shift."""
+
+    length: int
+    first: int
+    step: int
+    taps: int
+    stride: int
+    gap: int
+    shift: int
+
+
+@lru_cache(1024)
+def _table(axis: _Axis, size: int, height: int) -> np.ndarray:
+    """Where the tiles of `height` pixels lie on an axis, and their taps in an image of this size.
+
+    A row for each tile: its first pixel; where tap 0 of that lies; the pixels that the tile before
+    has done; the taps lo, hi that any of its pixels has inside the image; those that all have; its
+    number of pixels; then for each tap the pixels lo, hi that have it.
+    """
+    rows = []
+    for m in range(0, axis.length, height):
+        i = max(0, min(m, axis.length - height))
+        count = min(height, axis.length - i)
+        at = i * axis.stride - axis.shift
+        bounds = []
+        for t in range(axis.taps):  # 0 <= at + j stride + t gap < size
+            start = at + t * axis.gap
+            lo = min(count, max(0, -(start // axis.stride)))
+            bounds.append((lo, max(lo, min(count, -((start - size) // axis.stride)))))
+        some = [t for t, (lo, hi) in enumerate(bounds) if lo < hi]
+        full = [t for t, (lo, hi) in enumerate(bounds) if hi - lo == height]
+        limits = [n for taps in (some, full) for n in ((taps[0], taps[-1] + 1) if taps else (0, 0))]
+        first = axis.first + i * axis.step
+        rows.append((first, at, m - i, *limits, count, *(n for pair in bounds for n in pair)))
+    return np.array(rows, np.int64)
+
+
+def _convolve(
+    x: np.ndarray,
+    w: np.ndarray,
+    bias: np.ndarray | None,
+    low: float,
+    y: np.ndarray,
+    axes: tuple[_Axis, _Axis],
+) -> None:
+    """Fills the pixels of y that the axes name. w (TY, TX, C, N), C-contiguous."""
+    rows, columns = axes
+    n, depth = w.shape[3], math.prod(w.shape[:3])
+    added = np.zeros(n, x.dtype) if bias is None else bias
+    macs = len(x) * rows.length * columns.length * w.size
+    block = max(1, min(len(x), _BLOCK_BYTES * len(x) // max(1, x.nbytes)))
+    for part in _cuts(columns.length, n, simd.LANES * 4 // x.itemsize, _MOST)[1]:
+        panel = _aligned((part.panels, depth, part.width), x.dtype)
+        if panel.size:
+            flat = w.reshape(depth, n)
+            _pack_kernel(0).choose(2 * panel.nbytes)(flat, part.first, part.cols, panel)
+        share = max(1, min(block, len(x) // _TASKS))
+        groups = max(1, min(part.panels, _TASKS // -(-len(x) // share)))
+        _tile_kernel(part.mr, part.nr).choose(macs * part.cols // n)(
+            x,
+            panel,
+            added,
+            x.dtype.type(low),
+            y,
+            (_table(rows, x.shape[1], 1), *rows[2:6]),
+            (_table(columns, x.shape[2], part.mr), *columns[2:6]),
+            part.first,
+            part.cols,
+            share,
+            groups,
+        )
+
+
+class _Part(NamedTuple):
+    """Channels first <= n < first + cols, in panels of nr vectors, tiles of mr rows."""
+
+    mr: int
+    nr: int
+    first: int
+    cols: int
+    width: int  # of a panel, in elements
+    panels: int
+
+
+_REGISTERS = simd.TILE[0] * simd.TILE[1]  # for sums
+
+
+_HEIGHTS = (16, 14, 12, 9, 8, 7, 6, 4, 3, 2, 1)
+#: For tiles of one vector, of several: above these, LLVM keeps some of the sums in memory.
+_MOST = (16, 8)
+
+
+@lru_cache(4096)
+def _cuts(
+    rows: int, channels: int, lanes: int, most: tuple[int, int], overhead: float = 1.0
+) -> tuple[float, tuple[_Part, ...]]:
+    """Tiles over rows x channels that do the least superfluous work, and that in steps.
+
+    `most`: rows of a tile of one vector, of several; `overhead`: of a step, in vector operations.
+    """
+
+    def height(nr: int) -> tuple[float, int]:
+        """Cost of one panel a step, and the tile's height."""
+        each = nr or 0.5
+        limit = min(most[nr > 1], _REGISTERS // max(1, nr))
+        heights = [h for h in _HEIGHTS if h <= limit]
+        return min((-(-rows // h) * (max(h * each, 5) + overhead), -h) for h in heights)
+
+    halves = simd.LANES >= 8
+    best: tuple[float, list[tuple[int, int, int]]] = (math.inf, [])
+    for nr in range(1, simd.TILE[1] + 1):
+        whole = channels // (nr * lanes)
+        rest = channels - whole * nr * lanes
+        tails: list[list[int]] = [[]]
+        if rest:
+            tails = [[-(-rest // lanes)]]
+            if halves and 0 < rest % lanes <= lanes // 2:
+                tails.append([rest // lanes, 0] if rest >= lanes else [0])
+        for tail in tails:
+            cuts, first = [], 0
+            if whole:
+                cuts, first = [(nr, 0, channels - rest)], channels - rest
+            for t in tail:
+                cols = min(t * lanes or lanes // 2, channels - first)
+                cuts.append((t, first, cols))
+                first += cols
+            cost = sum(height(n)[0] * -(-c // (n * lanes or lanes // 2)) for n, _, c in cuts)
+            cost *= 1 + 0.04 * len(cuts)
+            if cost < best[0]:
+                best = (cost, cuts)
+    parts = []
+    for n, first, cols in best[1]:
+        width = n * lanes or lanes // 2
+        parts.append(_Part(-height(n)[1], n, first, cols, width, -(-cols // width)))
+    return best[0], tuple(parts)
+
+
+# --- weight gradient ------------------------------------------------------------------------------
+
+
+def _weight_tiles(mr: int, nr: int) -> Any:
+    def weight_tiles(G, origin, step, ld, OH, OW, X, S, rows, columns, first, cols, block, groups):
+        # S[c, ky, kx, r, first + n] = sum over part c of the images, and over oy, ox inside, of
+        #     X[b, oy sy + ky dy - py, ox sx + kx dx - px + r // C, r % C] g[b, oy, ox, n]
+        # g[b, oy, ox, p W + j] = G[origin + p step + ((b OH + oy) OW + ox) ld + j]
+        # X (B, H, V, C), S (chunks, KH, KW, R, N): R = C, or all the taps along x are rows of one
+        B, height, width, C = X.shape
+        chunks, KH, KW, R, N = S.shape
+        sy, dy, py = rows
+        sx, dx, px = columns
+        W = nr * simd.lanes(G) if nr else simd.lanes(G) // 2
+        panels = (cols + W - 1) // W
+        size = (B + chunks - 1) // chunks
+        works = panels * KH
+        for task in prange(chunks * groups):
+            c, group = task // groups, task % groups
+            b_first, b_end = c * size, min(B, (c + 1) * size)
+            for b_lo in range(b_first, max(b_first + 1, b_end), block):
+                b_hi = min(b_end, b_lo + block)
+                for work in range(works * group // groups, works * (group + 1) // groups):
+                    p, ky = work // KH, work % KH
+                    part = min(W, cols - p * W)
+                    # rows of the result whose tap is inside: 0 <= oy sy - up < H
+                    up = py - ky * dy
+                    y_lo = max(0, (up + sy - 1) // sy)
+                    y_hi = min(OH, (height + up + sy - 1) // sy)
+                    for kx in range(KW):
+                        left = px - kx * dx
+                        for i in range(0, R, mr):
+                            r = min(i, R - mr)
+                            # pixels where all rows of the tile are inside: f_lo <= ox < f_hi,
+                            # where any is: x_lo <= ox < x_hi
+                            near, far = left - r // C, left - (r + mr - 1) // C
+                            x_lo = max(0, (far + sx - 1) // sx)
+                            x_hi = min(OW, (width + near + sx - 1) // sx)
+                            f_lo = max(x_lo, (near + sx - 1) // sx)
+                            f_hi = min(x_hi, (width + far + sx - 1) // sx)
+                            if f_hi < f_lo:
+                                f_lo = f_hi = x_hi
+                            out = (((c * KH + ky) * KW + kx) * R + r) * N + first + p * W
+                            acc = simd.zeros(mr, nr, S)
+                            if b_lo > b_first:
+                                acc = simd.load_part(mr, nr, S, out, N, 0, mr, part)
+                            for b in range(b_lo, b_hi):
+                                for oy in range(y_lo, y_hi):
+                                    at = ((b * height + oy * sy - up) * width - left) * C + r
+                                    ig = origin + p * step + (b * OH + oy) * OW * ld
+                                    for ox in range(x_lo, x_hi):
+                                        if f_lo <= ox < f_hi:
+                                            continue
+                                        lo = (left - ox * sx) * C - r
+                                        ix = at + ox * sx * C
+                                        acc = simd.rank1_rows(
+                                            acc, X, ix, 1, G, ig + ox * ld, lo, lo + width * C
+                                        )
+                                    ix, iw = at + f_lo * sx * C, ig + f_lo * ld
+                                    for _ in range(f_hi - f_lo):
+                                        simd.rolled()
+                                        acc = simd.rank1(acc, X, ix, 1, G, iw)
+                                        ix += sx * C
+                                        iw += ld
+                            simd.store_part(acc, S, out, N, i - r if b_hi == b_end else 0, mr, part)
+
+    return weight_tiles
+
+
+@cache
+def _weight_kernel(mr: int, nr: int) -> Variants:
+    return Variants(_weight_tiles(mr, nr))
+
+
+# --- what is called -------------------------------------------------------------------------------
+
+
+def conv2d(
+    x: np.ndarray, w: np.ndarray, bias: np.ndarray | None, win: Window, relu: bool = False
+) -> np.ndarray:
+    """y[b, oy, ox, n] = bias[n] + sum x[b, iy, ix, c] w[ky, kx, c, n], max(y, 0) of it if `relu`.
+
+    x (B, H, W, C), w (KH, KW, C, N), bias (N,) or None -> (B, OH, OW, N), all sizes at least 1;
+    iy = oy stride - padding + ky dilation, ix likewise, where they lie in the image. NaN passes.
+    Raises ValueError for shapes that do not fit, TypeError unless all are of one float dtype.
+    """
+    if x.ndim != 4 or w.shape[:3] != (*win.kernel, x.shape[3]) or w.ndim != 4:
+        raise ValueError(
+            f"conv2d: expected x (B, H, W, C) and w ({win.kernel[0]}, {win.kernel[1]}, C, N), "
+            f"got {x.shape} and {w.shape}"
+        )
+    x, w, bias = _operands("conv2d", x, w, bias, w.shape[3])
+    size = win.output(*x.shape[1:3])
+    if _is_pointwise(win):
+        flat = pointwise.linear(x.reshape(-1, x.shape[3]), w[0, 0], bias, relu)
+        return flat.reshape(*x.shape[:3], w.shape[3])
+    y = memory.empty((len(x), *size, w.shape[3]), x.dtype)
+    rows, columns = (
+        _Axis(size[a], 0, 1, win.kernel[a], win.stride[a], win.dilation[a], win.padding[a][0])
+        for a in (0, 1)
+    )
+    _convolve(x, w, bias, 0.0 if relu else -np.inf, y, (rows, columns))
+    return y
+
+
+def conv2d_input_grad(
+    grad: np.ndarray, w: np.ndarray, shape: Sequence[int], win: Window
+) -> np.ndarray:
+    """gx[b, iy, ix, c] = sum of grad[b, oy, ox, n] w[ky, kx, c, n] over n and taps that read it.
+
+    grad (B, OH, OW, N), w (KH, KW, C, N) -> (B, H, W, C), which is `shape`.
+    """
+    if w.ndim != 4:
+        raise ValueError(f"conv2d_input_grad: expected w (KH, KW, C, N), got {w.shape}")
+    return transposed("conv2d_input_grad", grad, w, None, shape, win, False)
+
+
+def transposed(
+    kernel: str,
+    grad: np.ndarray,
+    w: np.ndarray,
+    bias: np.ndarray | None,
+    shape: Sequence[int],
+    win: Window,
+    relu: bool,
+) -> np.ndarray:
+    """`conv2d_input_grad` + bias (C,), through ReLU if asked; `kernel` names it in errors."""
+    shape = tuple(shape)
+    want = (shape[0], *win.output(*shape[1:3]), w.shape[3])
+    if w.shape[:3] != (*win.kernel, shape[3]) or grad.shape != want:
+        raise ValueError(
+            f"{kernel}: image {shape}, {win}: expected weights {(*win.kernel, *shape[3:])} of "
+            f"channels ({w.shape[3]}) and windows {want}, got {w.shape} and {grad.shape}"
+        )
+    grad, w, bias = _operands(kernel, grad, w, bias, shape[3])
+    turned = w.transpose(0, 1, 3, 2)
+    if _is_pointwise(win):
+        flat = grad.reshape(-1, w.shape[3])
+        if bias is None and not relu:
+            return pointwise.matmul_nt(flat, w[0, 0]).reshape(shape)
+        return pointwise.linear(flat, turned[0, 0], bias, relu).reshape(shape)
+    gx = memory.empty(shape, grad.dtype)
+    low = 0.0 if relu else -np.inf
+    for rows, ky in _phases(shape[1], win, 0):
+        for columns, kx in _phases(shape[2], win, 1):
+            taps = np.ascontiguousarray(turned[ky][:, kx])
+            _convolve(grad, taps, bias, low, gx, (rows, columns))
+    return gx
+
+
+def conv2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.ndarray:
+    """gw[ky, kx, c, n] = sum over b, oy, ox of x[b, iy, ix, c] grad[b, oy, ox, n].
+
+    grad (B, OH, OW, N), x (B, H, W, C) -> (KH, KW, C, N).
+    """
+    if x.ndim != 4 or grad.ndim != 4 or grad.shape[:3] != (len(x), *win.output(*x.shape[1:3])):
+        raise ValueError(
+            f"conv2d_weight_grad: x {x.shape}, {win}: expected grad "
+            f"{(len(x), *win.output(*x.shape[1:3]), 'N')}, got {grad.shape}"
+        )
+    grad, x = prepared("conv2d_weight_grad", grad, x)
+    B, OH, OW, N = grad.shape
+    C = x.shape[3]
+    if _is_pointwise(win):
+        return pointwise.matmul_tn(x.reshape(-1, C), grad.reshape(-1, N)).reshape(1, 1, C, N)
+    KH, KW = win.kernel
+    lanes = simd.LANES * 4 // x.itemsize
+    span = 1
+    cost, parts = _cuts(C, N, lanes, (min(C, 16), C), 1 + 8 / OW)
+    if win.dilation[1] == 1 and KW > 1 and C < 16:  # the taps along x as rows of one
+        wide, joined = _cuts(KW * C, N, lanes, (min(KW * C, 16), KW * C), 1 + 8 / OW)
+        if wide * (1 + (KW - 1) / OW) < KW * cost:  # pixels near the border cost twice
+            span, parts = KW, joined
+    chunks = max(1, min(B, _TASKS, B * OH * OW // _CHUNK_PIXELS))
+    sums = memory.empty((chunks, KH, KW // span, span * C, N), x.dtype)
+    rows, columns = ((win.stride[a], win.dilation[a], win.padding[a][0]) for a in (0, 1))
+    for part in parts:
+        source, origin, step, ld = grad, part.first, part.width, N
+        if part.cols % part.width:
+            source = _aligned((part.panels, B * OH * OW, part.width), x.dtype)
+            _pack_kernel(0).choose(2 * source.nbytes)(
+                grad.reshape(-1, N), part.first, part.cols, source
+            )
+            origin, step, ld = 0, B * OH * OW * part.width, part.width
+            source = source.reshape(1, 1, -1, part.width)
+        groups = max(1, min(KH * part.panels, _TASKS // chunks))
+        block = max(1, _BLOCK_BYTES * B // (x.nbytes + grad.nbytes * part.width // N))
+        _weight_kernel(part.mr, part.nr).choose(B * OH * OW * KH * KW * C * part.cols)(
+            source,
+            origin,
+            step,
+            ld,
+            OH,
+            OW,
+            x,
+            sums,
+            rows,
+            columns,
+            part.first,
+            part.cols,
+            block,
+            groups,
+        )
+    total = sums[0] if chunks == 1 else sums.sum(axis=0)  # over an outer axis: in order, by NumPy
+    return total.reshape(KH, KW, C, N)
+
+
+def _is_pointwise(win: Window) -> bool:
+    return win.kernel == win.stride == (1, 1) and win.padding == ((0, 0), (0, 0))
+
+
+def _operands(
+    kernel: str, x: np.ndarray, w: np.ndarray, bias: np.ndarray | None, channels: int
+) -> Any:
+    if bias is None:
+        return *prepared(kernel, x, w), None
+    if bias.shape != (channels,):
+        raise ValueError(f"{kernel}: expected bias ({channels},), got {bias.shape}")
+    return prepared(kernel, x, w, bias)
+
+
+def _phases(size: int, win: Window, axis: int) -> list[tuple[_Axis, list[int]]]:
+    """The pixels of one axis of the image, by which taps read them, and these taps.
+
+    Pixel i is read by tap k of window o where o s = i + p - k d. In phase f, i = f + u s, and the
+    taps are k0, k0 + q, ... with q = s / gcd(s, d); tap k0 + t q reads it in window
+    u + (f + p - k0 d) / s - t d / gcd(s, d). They are listed from the last to the first.
+    """
+    s, d, k = win.stride[axis], win.dilation[axis], win.kernel[axis]
+    p = win.padding[axis][0]
+    gap = d // math.gcd(s, d)
+    phases = []
+    for f in range(min(s, size)):
+        taps = [t for t in range(k) if (f + p - t * d) % s == 0][::-1]
+        last = taps[0] if taps else 0
+        shift = -((f + p - last * d) // s)
+        count = (size - f + s - 1) // s
+        phases.append((_Axis(count, f, s, len(taps), 1, gap, shift), taps))
+    return phases

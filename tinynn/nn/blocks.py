@@ -1,0 +1,153 @@
+"""Blocks of layers: residual, bottleneck, separable residual and inception.
+
+The shortcut of a residual block has no weights: where the block reduces the image it is a 2x2
+average pool, and new channels are zeros, split front and back (Çallı 2017, section 2.4.1).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tinynn import ops
+from tinynn.errors import ConfigError, ShapeError
+from tinynn.nn.conv import (
+    AvgPool2d,
+    BatchNorm,
+    Conv2d,
+    DepthwiseConv2d,
+    MaxPool2d,
+    PointwiseConv2d,
+)
+from tinynn.nn.layers import ReLU
+from tinynn.nn.module import Module, Sequential
+from tinynn.tensor import Tensor
+
+
+class Add(Module):
+    """The sum of what its parts make of one input: `Add(body, shortcut)`."""
+
+    def __init__(self, *parts: Module) -> None:
+        _name_parts(self, parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = (part(x) for _, part in self.named_children())
+        for other in others:
+            if other.shape != first.shape:
+                raise ShapeError(f"Add: required equal shapes; came {first.shape}, {other.shape}")
+            first = ops.add(first, other)
+        return first
+
+
+class Concat(Module):
+    """What its parts make of one input, side by side along the channels."""
+
+    def __init__(self, *parts: Module) -> None:
+        _name_parts(self, parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.concat([part(x) for _, part in self.named_children()], axis=-1)
+
+
+class Shortcut(Module):
+    """The identity, with a smaller image (average pool) and more channels (zeros) where needed."""
+
+    def __init__(self, m_in: int, m_out: int, *, stride: int = 1) -> None:
+        if m_out < m_in:
+            raise ConfigError(f"Shortcut: required m_out >= m_in; came {m_in} and {m_out}")
+        self.pool = AvgPool2d(2, stride=stride, padding="same") if stride > 1 else None
+        self.front = (m_out - m_in) // 2
+        self.back = m_out - m_in - self.front
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.pool is None else self.pool(x)
+        if not self.front and not self.back:
+            return x
+        return ops.pad(x, [(0, 0)] * 3 + [(self.front, self.back)])
+
+
+class ResidualBlock(Sequential):
+    """conv-BN-ReLU-conv-BN plus the shortcut, then ReLU (He et al. 2016)."""
+
+    def __init__(self, m_in: int, m_out: int, *, stride: int = 1, rng: np.random.Generator) -> None:
+        body = Sequential(
+            Conv2d(m_in, m_out, 3, stride=stride, bias=False, rng=rng),
+            BatchNorm(m_out),
+            ReLU(),
+            Conv2d(m_out, m_out, 3, bias=False, rng=rng),
+            BatchNorm(m_out),
+        )
+        super().__init__(Add(body, Shortcut(m_in, m_out, stride=stride)), ReLU())
+
+
+class BottleneckBlock(Sequential):
+    """1x1 down to m_out / 4, 3x3, 1x1 up, plus the shortcut, then ReLU (He et al. 2016; Çallı's
+    draft 2017, section 2.3.2)."""
+
+    def __init__(self, m_in: int, m_out: int, *, stride: int = 1, rng: np.random.Generator) -> None:
+        narrow = max(1, m_out // 4)
+        body = Sequential(
+            PointwiseConv2d(m_in, narrow, bias=False, rng=rng),
+            BatchNorm(narrow),
+            ReLU(),
+            Conv2d(narrow, narrow, 3, stride=stride, bias=False, rng=rng),
+            BatchNorm(narrow),
+            ReLU(),
+            PointwiseConv2d(narrow, m_out, bias=False, rng=rng),
+            BatchNorm(m_out),
+        )
+        super().__init__(Add(body, Shortcut(m_in, m_out, stride=stride)), ReLU())
+
+
+class SeparableResidualBlock(Add):
+    """Full pre-activation with separable convolutions (Çallı 2017, section 2.4.1).
+
+    BN-ReLU-depthwise 3x3-pointwise twice, plus the shortcut; the stride sits in the first
+    depthwise, the first pointwise makes the new channels.
+    """
+
+    def __init__(self, m_in: int, m_out: int, *, stride: int = 1, rng: np.random.Generator) -> None:
+        body = Sequential(*self._half(m_in, m_out, stride, rng), *self._half(m_out, m_out, 1, rng))
+        super().__init__(body, Shortcut(m_in, m_out, stride=stride))
+
+    @staticmethod
+    def _half(m_in: int, m_out: int, stride: int, rng: np.random.Generator) -> list[Module]:
+        return [
+            BatchNorm(m_in),
+            ReLU(),
+            DepthwiseConv2d(m_in, 3, stride=stride, bias=False, rng=rng),
+            PointwiseConv2d(m_in, m_out, bias=False, rng=rng),
+        ]
+
+
+class InceptionBlock(Concat):
+    """1x1, 1x1-3x3, 1x1-5x5 and pool-1x1 side by side (Szegedy et al. 2015, "Going Deeper").
+
+    `widths` are the channels of the four branches' results; the 3x3 and 5x5 branches first reduce
+    to half of theirs.
+    """
+
+    def __init__(
+        self, m_in: int, widths: tuple[int, int, int, int], *, rng: np.random.Generator
+    ) -> None:
+        one, three, five, pooled = widths
+        super().__init__(
+            Sequential(*_unit(m_in, one, 1, rng)),
+            Sequential(*_unit(m_in, _half(three), 1, rng), *_unit(_half(three), three, 3, rng)),
+            Sequential(*_unit(m_in, _half(five), 1, rng), *_unit(_half(five), five, 5, rng)),
+            Sequential(MaxPool2d(3, stride=1, padding="same"), *_unit(m_in, pooled, 1, rng)),
+        )
+
+
+def _unit(m_in: int, m_out: int, kernel: int, rng: np.random.Generator) -> list[Module]:
+    return [Conv2d(m_in, m_out, kernel, bias=False, rng=rng), BatchNorm(m_out), ReLU()]
+
+
+def _half(m: int) -> int:
+    return max(1, m // 2)
+
+
+def _name_parts(module: Module, parts: tuple[Module, ...]) -> None:
+    if not parts or not all(isinstance(p, Module) for p in parts):
+        raise ConfigError(f"{type(module).__name__}: required one module or more; came {parts}")
+    for i, part in enumerate(parts):
+        setattr(module, str(i), part)
