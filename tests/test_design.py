@@ -123,18 +123,22 @@ def test_public_modules_and_functions_have_docstrings() -> None:
     assert not missing
 
 
+#: Files that are longer than the rule allows until they are split, at their present length.
+TOO_LONG = {"kernels.simd": 739}
+
+
 def test_no_file_outgrows_one_reading() -> None:
     long = {
         name: count
         for name, path in modules()
-        if (count := len(path.read_text().splitlines())) > 750
+        if (count := len(path.read_text().splitlines())) > TOO_LONG.get(name, 650)
     }
     assert not long
 
 
 def test_the_heart_of_the_engine_reads_in_one_sitting() -> None:
     lines = sum(len((ROOT / "tinynn" / f).read_text().splitlines()) for f in ("op.py", "tensor.py"))
-    assert lines <= 440
+    assert lines <= 438
 
 
 def test_module_classes_have_unique_names() -> None:
