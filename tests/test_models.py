@@ -29,8 +29,15 @@ def multiply_adds(model: tn.Module, shape: tuple[int, ...]) -> int:
 def test_small_cifar_has_the_published_weights_and_multiply_adds() -> None:
     model = thesis.small_cifar(rng=np.random.default_rng(0))
     assert weights(model) == 124_288
+    assert model.size() == 131_018
     assert round(multiply_adds(model, (1, 32, 32, 3)) / 1e6, 2) == 13.64
     assert round(multiply_adds(model, (1, 24, 24, 3)) / 1e6, 2) == 7.67
+
+
+def test_resnet20_has_the_published_size() -> None:
+    model = thesis.resnet20(rng=np.random.default_rng(0))
+    assert round(model.size() / 1e6, 2) == 0.27
+    assert round(multiply_adds(model, (1, 32, 32, 3)) / 1e6) == 41
 
 
 @pytest.mark.parametrize(
@@ -49,7 +56,7 @@ def test_the_autoencoder_gives_back_the_shape() -> None:
     assert model(Tensor(np.zeros((2, 28, 28, 1), np.float32))).shape == (2, 28, 28, 1)
 
 
-@pytest.mark.parametrize("name", ["small_cifar", "baseline"])
+@pytest.mark.parametrize("name", ["small_cifar", "baseline", "resnet20"])
 def test_a_few_steps_reduce_the_loss(name: str) -> None:
     rng = np.random.default_rng(0)
     model = getattr(thesis, name)(rng=rng)

@@ -76,25 +76,51 @@ def baseline(
     )
 
 
-def small_cifar(*, classes: int = 10, rng: np.random.Generator) -> nn.Sequential:
-    """The small CIFAR-10 model of section 2.4.1: images (B, H, W, 3), 124,288 weights.
+def small_cifar(
+    *, m_in: int = 3, classes: int = 10, rng: np.random.Generator
+) -> nn.Sequential:
+    """The small CIFAR-10 model of section 2.4.1: images (B, H, W, m_in), 131,018 parameters.
 
     A 3x3 stem of 32 channels, six full pre-activation separable residual blocks (64, 64, 64, 128,
     128, 128; the first of each width with stride 2), global average pool, batch normalisation,
-    ReLU, linear.
+    ReLU, linear. 124,288 weights; the published total follows if every convolution has a bias and
+    the separable convolutions are the non-linear ones, with batch normalisation in their middle.
     """
     widths = (64, 64, 64, 128, 128, 128)
     blocks: list[Module] = []
-    m_in = 32
+    m = 32
     for m_out in widths:
-        stride = 1 if m_out == m_in else 2
-        blocks.append(nn.SeparableResidualBlock(m_in, m_out, stride=stride, rng=rng))
-        m_in = m_out
+        stride = 1 if m_out == m else 2
+        blocks.append(
+            nn.SeparableResidualBlock(m, m_out, stride=stride, nonlinear=True, bias=True, rng=rng)
+        )
+        m = m_out
     return nn.Sequential(
-        nn.Conv2d(3, 32, 3, rng=rng),
+        nn.Conv2d(m_in, 32, 3, rng=rng),
         *blocks,
         nn.GlobalAvgPool2d(),
-        nn.BatchNorm(m_in),
+        nn.BatchNorm(m),
         nn.ReLU(),
-        nn.Linear(m_in, classes, rng=rng),
+        nn.Linear(m, classes, rng=rng),
+    )
+
+
+def resnet20(*, m_in: int = 3, classes: int = 10, rng: np.random.Generator) -> nn.Sequential:
+    """ResNet-20, with which section 3.3.1 compares: images (B, H, W, m_in), 0.27 M parameters.
+
+    He et al. 2016, section 4.2: a 3x3 stem and three times three blocks of 16, 32 and 64 channels;
+    shortcuts without weights, here those of `nn.Shortcut`.
+    """
+    blocks: list[Module] = []
+    m = 16
+    for m_out in (16, 16, 16, 32, 32, 32, 64, 64, 64):
+        blocks.append(nn.ResidualBlock(m, m_out, stride=1 if m_out == m else 2, rng=rng))
+        m = m_out
+    return nn.Sequential(
+        nn.Conv2d(m_in, 16, 3, bias=False, rng=rng),
+        nn.BatchNorm(16),
+        nn.ReLU(),
+        *blocks,
+        nn.GlobalAvgPool2d(),
+        nn.Linear(m, classes, rng=rng),
     )

@@ -102,21 +102,32 @@ class SeparableResidualBlock(Add):
     """Full pre-activation with separable convolutions (Çallı 2017, section 2.4.1).
 
     BN-ReLU-depthwise 3x3-pointwise twice, plus the shortcut; the stride sits in the first
-    depthwise, the first pointwise makes the new channels.
+    depthwise, the first pointwise makes the new channels. `nonlinear` puts batch normalisation and
+    ReLU between depthwise and pointwise too, `bias` gives each of them a bias.
     """
 
-    def __init__(self, m_in: int, m_out: int, *, stride: int = 1, rng: np.random.Generator) -> None:
-        body = Sequential(*self._half(m_in, m_out, stride, rng), *self._half(m_out, m_out, 1, rng))
-        super().__init__(body, Shortcut(m_in, m_out, stride=stride))
+    def __init__(
+        self,
+        m_in: int,
+        m_out: int,
+        *,
+        stride: int = 1,
+        nonlinear: bool = False,
+        bias: bool = False,
+        rng: np.random.Generator,
+    ) -> None:
+        def half(m_in: int, stride: int) -> list[Module]:
+            between = [BatchNorm(m_in), ReLU()] if nonlinear else []
+            return [
+                BatchNorm(m_in),
+                ReLU(),
+                DepthwiseConv2d(m_in, 3, stride=stride, bias=bias, rng=rng),
+                *between,
+                PointwiseConv2d(m_in, m_out, bias=bias, rng=rng),
+            ]
 
-    @staticmethod
-    def _half(m_in: int, m_out: int, stride: int, rng: np.random.Generator) -> list[Module]:
-        return [
-            BatchNorm(m_in),
-            ReLU(),
-            DepthwiseConv2d(m_in, 3, stride=stride, bias=False, rng=rng),
-            PointwiseConv2d(m_in, m_out, bias=False, rng=rng),
-        ]
+        body = Sequential(*half(m_in, stride), *half(m_out, 1))
+        super().__init__(body, Shortcut(m_in, m_out, stride=stride))
 
 
 class InceptionBlock(Concat):
