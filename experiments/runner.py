@@ -85,6 +85,23 @@ class Task:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _silent(text: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a run gets from its surroundings; calling it with a line shows that as progress."""
+
+    files: Path  #: a directory for files of this run alone; it may not exist yet
+    data_dir: Path | None = None  #: where data sets lie, if --data-dir says so
+    resume: bool = False  #: whether a checkpoint that stands in `files` is to be taken up
+    say: Callable[[str], None] = _silent
+
+    def __call__(self, text: str) -> None:
+        self.say(text)
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the final table."""
@@ -100,7 +117,7 @@ class Experiment:
     """An experiment's own part; see the module's docstring for what the runner adds.
 
     `run` must be a function at module level, since processes receive it by name. It is called with
-    (config, seed, report) and may pass lines of progress to `report`.
+    (config, seed, context).
     """
 
     name: str
@@ -109,7 +126,7 @@ class Experiment:
     published: Record
     arguments: Callable[[argparse.ArgumentParser], None]
     cells: Callable[[argparse.Namespace], dict[str, Record]]
-    run: Callable[[Record, int, Callable[[str], None]], Record]
+    run: Callable[[Record, int, Context], Record]
     line: Callable[[Record], str]  #: a finished run in one line
     summary: Callable[[list[Record]], Record]
     table: Callable[[list[Record], Record], list[Row]]
@@ -244,7 +261,7 @@ def _execute(experiment: Experiment, args: argparse.Namespace, command: Sequence
     if records:
         print(f"{len(records)} finished runs taken up from {log}", flush=True)
     left = [t for t in tasks if t.key not in done]
-    for record in _records(experiment, left, args):
+    for record in _records(experiment, left, args, out):
         records.append(record)
         _append(log, {k: v for k, v in record.items() if k not in experiment.transient})
     order = {t.key: i for i, t in enumerate(tasks)}
@@ -282,9 +299,14 @@ def _execute(experiment: Experiment, args: argparse.Namespace, command: Sequence
 
 
 def _records(
-    experiment: Experiment, tasks: list[Task], args: argparse.Namespace
+    experiment: Experiment, tasks: list[Task], args: argparse.Namespace, out: Path
 ) -> Iterator[Record]:
     """The finished runs, in whatever order they finish, with progress for a person to see."""
+
+    def context(task: Task, say: Callable[[str], None] = _silent) -> Context:
+        files = (out / "runs" / f"{task.cell}-{task.seed}-{task.key}").absolute()
+        return Context(files, args.data_dir and args.data_dir.absolute(), args.resume, say)
+
     total = len(tasks)
     with tqdm(total=total, disable=None if total > 1 else True, unit="run") as bar:
 
@@ -296,9 +318,11 @@ def _records(
 
         with _executor(args) as pool:
             if pool is None:
-                results = (_timed(experiment.run, t, args.threads, say) for t in tasks)
+                results = (_timed(experiment.run, t, args.threads, context(t, say)) for t in tasks)
             else:
-                futures = [pool.submit(_timed, experiment.run, t, args.threads) for t in tasks]
+                futures = [
+                    pool.submit(_timed, experiment.run, t, args.threads, context(t)) for t in tasks
+                ]
                 results = (f.result() for f in concurrent.futures.as_completed(futures))
             for i, record in enumerate(results, 1):
                 yield record
@@ -308,14 +332,11 @@ def _records(
 
 
 def _timed(
-    run: Callable[[Record, int, Callable[[str], None]], Record],
-    task: Task,
-    threads: int,
-    report: Callable[[str], None] = lambda text: None,
+    run: Callable[[Record, int, Context], Record], task: Task, threads: int, context: Context
 ) -> Record:
     tn.set_threads(threads)
     began = time.perf_counter()
-    record = run(task.config, task.seed, report)
+    record = run(task.config, task.seed, context)
     seconds = round(time.perf_counter() - began, 3)
     return {"cell": task.cell, "seed": task.seed, "key": task.key, "seconds": seconds, **record}
 

@@ -50,7 +50,6 @@ from tinynn import nn
 from tinynn.errors import NonFiniteError, PruneError
 from tinynn.schedule import Constant, Cosine, Schedule
 
-Report = Callable[[str], None]
 Array = np.ndarray[Any, Any]
 
 HIDDEN: tuple[str, ...] = ("0.weight", "0.bias", "2.weight")  #: what the published distortion moves
@@ -87,7 +86,7 @@ class State:
     ended: str = "all cycles used"
 
 
-def run(config: Record, seed: int, report: Report) -> Record:
+def run(config: Record, seed: int, context: Callable[[str], None]) -> Record:
     """One run from a fresh net to the end of pruning, with what was measured on the way."""
     control = config.get("control")
     if control == "scratch":
@@ -99,7 +98,7 @@ def run(config: Record, seed: int, report: Report) -> Record:
         removals = [c["removed"] for c in run(twin, seed, lambda text: None)["cycles"]]
     rngs = [np.random.default_rng([seed, i]) for i in range(4)]
     sets = _sets(config, rngs[0])
-    state = _prune(config, sets, rngs, removals, report)
+    state = _prune(config, sets, rngs, removals, context)
     return _finish(config, sets, state)
 
 
@@ -108,7 +107,7 @@ def _prune(
     sets: Sets,
     rngs: list[np.random.Generator],
     removals: list[int] | None,
-    report: Report,
+    report: Callable[[str], None],
 ) -> State:
     """The cycles of train, observe, prune, distort; ends with a net that was trained last."""
     _, init_rng, distort_rng, score_rng = rngs

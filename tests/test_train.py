@@ -29,7 +29,7 @@ from tinynn.errors import (
 from tinynn.optim import SGD, Adam, Optimizer
 from tinynn.schedule import Cosine, Plateau, Schedule
 from tinynn.tensor import Tensor
-from tinynn.train import Converged, History, evaluate, fit
+from tinynn.train import Converged, History, evaluate, fit, predict
 
 
 class Setting:
@@ -376,3 +376,27 @@ def test_validation_that_is_not_finite_is_named() -> None:
     bad = [(np.full((2, 2), np.nan, np.float32), np.zeros((2, 1), np.float32))]
     with pytest.raises(NonFiniteError, match="evaluate"):
         s.fit(epochs=1, validation=bad)
+
+
+def test_each_epoch_may_add_to_its_record(tmp_path: Path) -> None:
+    s = Setting()
+    history = s.fit(
+        epochs=2,
+        log=tmp_path / "log.jsonl",
+        each_epoch=lambda record: record.update(twice=2 * record["epoch"]),
+    )
+    assert [r["twice"] for r in history.records] == [2, 4]
+    lines = [json.loads(r) for r in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["twice"] for r in lines] == [2, 4]
+
+
+def test_predict_gives_all_rows_in_order_and_leaves_the_mode() -> None:
+    s = Setting()
+    s.net.train()
+    data = Batches(s.data.x, s.data.y, size=7, shuffle=False)
+    outputs, targets = predict(s.net, data)
+    assert s.net.training
+    np.testing.assert_array_equal(targets, s.data.y)
+    np.testing.assert_allclose(outputs, s.net.eval()(Tensor(s.data.x)).numpy(), rtol=1e-6)
+    with pytest.raises(DataError, match="at least one batch"):
+        predict(s.net, [])

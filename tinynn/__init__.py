@@ -13,7 +13,7 @@ from tinynn.op import Op, use_variant
 from tinynn.ops import mse, rmse, softmax_cross_entropy
 from tinynn.optim import SGD, Adadelta, Adam, Nadam, Optimizer, RMSProp, clip_gradients
 from tinynn.tensor import Tensor, no_grad
-from tinynn.train import Converged, History, converged, evaluate, fit
+from tinynn.train import Converged, History, converged, evaluate, fit, predict
 
 __version__ = "0.1.0"
 
@@ -53,6 +53,7 @@ __all__ = [
     "no_grad",
     "observe",
     "ops",
+    "predict",
     "prune",
     "rmse",
     "save",

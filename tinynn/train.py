@@ -21,6 +21,7 @@ from tinynn.checkpoint import Progress, exists, load_checkpoint, save_checkpoint
 from tinynn.diagnose import find_non_finite, require_finite
 from tinynn.errors import ConfigError, DataError, NonFiniteError, OutputError, ShapeError
 from tinynn.nn.module import Module, mode
+from tinynn.op import Array
 from tinynn.optim import Optimizer, clip_gradients
 from tinynn.schedule import Constant, Schedule
 from tinynn.storage import PathLike, write_bytes
@@ -79,6 +80,7 @@ def fit(
     until: Callable[[History], bool] | None = None,
     schedule: Schedule | None = None,
     validation: Iterable[Any] | None = None,
+    each_epoch: Callable[[dict[str, Any]], None] | None = None,
     clip_norm: float | None = None,
     log: PathLike | None = None,
     checkpoint: PathLike | None = None,
@@ -91,7 +93,8 @@ def fit(
     `data` yields (x, y) batches and may be iterated once an epoch. Training ends after `epochs`
     epochs or `steps` optimiser steps in all (then the last epoch is a part of one), or when
     `until(history)` is true at the end of an epoch; one of the three must be given. `schedule`
-    gives each step's learning rate from the optimiser's own. `log` is a file that is begun anew,
+    gives each step's learning rate from the optimiser's own. `each_epoch` is called with every
+    epoch's record and may add entries (numbers, text) to it. `log` is a file that is begun anew,
     unless a training is resumed, and gets each epoch's record as a line of JSON. `progress` shows
     a bar: by default only on a terminal.
 
@@ -152,6 +155,8 @@ def fit(
                 if validation is not None:
                     record["validation"] = evaluate(model, validation, loss)
                 schedule.observe(record.get("validation", record["loss"]))
+                if each_epoch is not None:
+                    each_epoch(record)
                 history.records.append(record)
                 finished = until is not None and until(history)
                 save()
@@ -177,6 +182,18 @@ def evaluate(model: Module, data: Iterable[Any], loss: Loss) -> float:
     if not rows:
         raise DataError("evaluate: required at least one row; came none")
     return total / rows
+
+
+def predict(model: Module, data: Iterable[Any]) -> tuple[Array, Array]:
+    """(outputs, targets) of all rows of `data`, in its order, in eval mode and without a tape."""
+    outputs, targets = [], []
+    with mode(model, False), no_grad():
+        for x, y in data:
+            outputs.append(model(Tensor(x, copy=False)).numpy())
+            targets.append(np.array(y))
+    if not outputs:
+        raise DataError("predict: required at least one batch; came none")
+    return np.concatenate(outputs), np.concatenate(targets)
 
 
 def _step(

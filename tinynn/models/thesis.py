@@ -76,9 +76,7 @@ def baseline(
     )
 
 
-def small_cifar(
-    *, m_in: int = 3, classes: int = 10, rng: np.random.Generator
-) -> nn.Sequential:
+def small_cifar(*, m_in: int = 3, classes: int = 10, rng: np.random.Generator) -> nn.Sequential:
     """The small CIFAR-10 model of section 2.4.1: images (B, H, W, m_in), 131,018 parameters.
 
     A 3x3 stem of 32 channels, six full pre-activation separable residual blocks (64, 64, 64, 128,
