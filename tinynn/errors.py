@@ -31,6 +31,10 @@ class DataError(TinynnError, ValueError):
     """A data set, a batch or a label is unusable."""
 
 
+class DataNotFoundError(TinynnError, FileNotFoundError):
+    """A data set is nowhere to be found and cannot be downloaded."""
+
+
 class FileFormatError(TinynnError, ValueError):
     """A file is truncated, corrupted or hostile."""
 

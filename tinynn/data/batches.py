@@ -17,14 +17,17 @@ from tinynn.op import Array
 _CHECK_BYTES = 1 << 20  # how much of a data set is examined at a time: stays in the cache
 
 
-class _Epoch:
+class Epoch:
     """One pass over the rows: in which order, from which generator state, and how far it is."""
 
-    __slots__ = ("begun_from", "done", "order")
+    __slots__ = ("begun_from", "done", "key", "order")
 
-    def __init__(self, order: Array | None, begun_from: dict[str, Any] | None) -> None:
+    def __init__(
+        self, order: Array | None, begun_from: dict[str, Any] | None, key: list[int]
+    ) -> None:
         self.order = order  # None: as the rows lie
         self.begun_from = begun_from
+        self.key = key  # two 64-bit numbers from which batches draw what they need, or none
         self.done = 0  # batches handed out
 
 
@@ -43,6 +46,8 @@ class Batches:
     that is no whole number >= 1 or leaves no batch, or a generator that is not of NumPy's kinds.
     """
 
+    _x_kinds = "f"
+
     def __init__(
         self,
         x: npt.ArrayLike,
@@ -52,14 +57,14 @@ class Batches:
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> None:
-        self._x = _examined("x", x, "f")
+        self._x = _examined("x", x, self._x_kinds)
         self._y = None if y is None else _examined("y", y, "fiu")
         if self._y is not None and len(self._y) != len(self._x):
             raise DataError(
                 f"Batches: required as many rows in y as in x; came x {self._x.shape}, "
                 f"y {self._y.shape}"
             )
-        if not _is_count(size):
+        if not is_count(size):
             raise ConfigError(f"Batches: required a whole size >= 1; came {size!r}")
         if drop_last and size > len(self._x):
             raise ConfigError(
@@ -73,7 +78,7 @@ class Batches:
         self.rng = rng
         self.shuffle = shuffle
         self.drop_last = drop_last
-        self._epoch: _Epoch | None = None  # the one begun last, until it ends
+        self._epoch: Epoch | None = None  # the one begun last, until it ends
         self._resume = False  # whether the next iteration continues it
 
     @property
@@ -111,7 +116,7 @@ class Batches:
 
         The result refers to the same arrays and may be iterated any number of times.
         """
-        if not _is_count(n):
+        if not is_count(n):
             raise ConfigError(f"Batches.take: required a whole n >= 1; came {n!r}")
         part = copy.copy(self)
         rows = min(n, len(self)) * self.size
@@ -171,24 +176,38 @@ class Batches:
             "drop_last": self.drop_last,
         }
 
-    def _begin(self, from_state: dict[str, Any] | None = None) -> _Epoch:
+    def _begin(self, from_state: dict[str, Any] | None = None) -> Epoch:
         """An epoch whose order is drawn from `rng`, or from a generator in `from_state`."""
-        if not self.shuffle or self.rng is None:
-            return _Epoch(None, None)
+        if self.rng is None or not self._is_random():
+            return Epoch(None, None, [])
         if from_state is None:
             before = generator_state(self.rng)
-            return _Epoch(self.rng.permutation(len(self._x)), before)
+            order, key = self._draw(self.rng)
+            return Epoch(order, before, key)
         then = copy.deepcopy(self.rng)
         _set(then, from_state)
-        return _Epoch(then.permutation(len(self._x)), from_state)
+        order, key = self._draw(then)
+        return Epoch(order, from_state, key)
 
-    def _walk(self, epoch: _Epoch) -> Iterator[tuple[Array, Array]]:
+    def _is_random(self) -> bool:
+        return self.shuffle
+
+    def _draw(self, rng: np.random.Generator) -> tuple[Array | None, list[int]]:
+        """All that an epoch takes from the generator: its order and its key."""
+        return rng.permutation(len(self._x)), []
+
+    def _batch(self, epoch: Epoch, number: int) -> tuple[Array, Array]:
+        start, stop = number * self.size, (number + 1) * self.size
+        x = _gather(self._x, epoch.order, start, stop)
+        return x, x if self._y is None else _gather(self._y, epoch.order, start, stop)
+
+    def _walk(self, epoch: Epoch) -> Iterator[tuple[Array, Array]]:
         while epoch.done < len(self):
-            start = epoch.done * self.size
             epoch.done += 1
-            x = _gather(self._x, epoch.order, start, start + self.size)
-            y = x if self._y is None else _gather(self._y, epoch.order, start, start + self.size)
-            yield x, y
+            yield self._batch(epoch, epoch.done - 1)
+        self._end(epoch)
+
+    def _end(self, epoch: Epoch) -> None:
         if self._epoch is epoch:
             self._epoch = None
 
@@ -245,7 +264,8 @@ def _set(rng: np.random.Generator, state: Any) -> None:
         raise ConfigError(f"Batches: {error}") from error
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Whether the value is a whole number >= 1."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     return whole and value >= 1  # type: ignore[operator]
 
