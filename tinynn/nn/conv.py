@@ -5,7 +5,8 @@ Features are NHWC, weights HWIO. `rectifies` layers apply a following ReLU in th
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -64,14 +65,33 @@ class _Windowed(Module):
         )
 
 
-class Conv2d(_Windowed):
+class _Sliding(_Windowed):
+    """A window with dilation, and the op that slides it."""
+
+    rectifies = True
+    dilation: Pair
+    _op: ClassVar[Callable[..., Tensor]]
+
+    def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        return type(self)._op(
+            x,
+            self.weight,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            relu=relu,
+        )
+
+
+class Conv2d(_Sliding):
     """Convolution: x (B, H, W, m_in), weight (K, K, m_in, m_out), y (B, OH, OW, m_out).
 
     `kernel`, `stride` and `dilation` are one number or (rows, columns); `padding` is "same",
     "valid", a number, or ((top, bottom), (left, right)).
     """
 
-    rectifies = True
+    _op = staticmethod(ops.conv2d)
 
     def __init__(
         self,
@@ -100,17 +120,6 @@ class Conv2d(_Windowed):
             dtype=dtype,
         )
 
-    def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
-        return ops.conv2d(
-            x,
-            self.weight,
-            self.bias,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            relu=relu,
-        )
-
 
 class PointwiseConv2d(Conv2d):
     """A 1x1 convolution: each position's channels through one matrix."""
@@ -119,10 +128,10 @@ class PointwiseConv2d(Conv2d):
         super().__init__(m_in, m_out, 1, **options)
 
 
-class DepthwiseConv2d(_Windowed):
+class DepthwiseConv2d(_Sliding):
     """Each channel with its own kernels: weight (K, K, m_in, R), y (B, OH, OW, m_in R)."""
 
-    rectifies = True
+    _op = staticmethod(ops.depthwise_conv2d)
 
     def __init__(
         self,
@@ -155,17 +164,6 @@ class DepthwiseConv2d(_Windowed):
 
     def _bias_size(self) -> int:
         return self.weight.shape[2] * self.weight.shape[3]
-
-    def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
-        return ops.depthwise_conv2d(
-            x,
-            self.weight,
-            self.bias,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            relu=relu,
-        )
 
 
 class ConvTranspose2d(_Windowed):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,13 +25,24 @@ _GEOMETRIES: tuple[dict[str, Any], ...] = (
 )
 
 
+@dataclass(frozen=True)
 class _Windowed(Op):
     """An op that slides weights (KH, KW, ...) over images (B, H, W, C)."""
 
-    stride: Pair
-    padding: Padding
-    dilation: Pair
-    relu: bool
+    stride: Pair = (1, 1)
+    padding: Padding = "same"
+    dilation: Pair = (1, 1)
+    relu: bool = False
+
+    selective = True
+    input_grad: ClassVar[Callable[..., Array]]  # of (grad, w, shape of x, window)
+    weight_grad: ClassVar[Callable[..., Array]]  # of (grad, x, window)
+    required: ClassVar[str]
+
+    @staticmethod
+    def _results(w: Array) -> int:
+        """How many channels the weights make."""
+        raise NotImplementedError
 
     def _window(self, x: Array, w: Array) -> Window:
         win = window(x.shape[1], x.shape[2], w.shape[:2], self.stride, self.padding, self.dilation)
@@ -40,9 +52,36 @@ class _Windowed(Op):
             raise self.reject("an image that the kernel fits in", x, w) from None
         return win
 
-    def _check(self, fits: bool, required: str, *arrays: Array) -> None:
+    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
+        x, w = arrays[:2]
+        bias = arrays[2] if len(arrays) > 2 else None
+        fits = (
+            x.ndim == 4
+            and w.ndim == 4
+            and x.shape[3] == w.shape[2]
+            and (bias is None or bias.shape == (self._results(w),))
+        )
         if not fits or not all(a.size for a in arrays):
-            raise self.reject(required, *arrays)
+            raise self.reject(self.required, *arrays)
+        y = self.kernel()(x, w, bias, self._window(x, w), self.relu)
+        return y, (x, w, y if self.relu else None)
+
+    def backward(
+        self, grad: Array, saved: Saved, needs: tuple[bool, ...] = (True, True, True)
+    ) -> tuple[Array | None, ...]:
+        x, w, y = saved
+        win, grad = self._window(x, w), _rectified(grad, y)
+        grads = (
+            type(self).input_grad(grad, w, x.shape, win) if needs[0] else None,
+            type(self).weight_grad(grad, x, win) if needs[1] else None,
+            _bias_grad(grad) if len(needs) > 2 and needs[2] else None,
+        )
+        return grads[: len(needs)]
+
+    def macs(self, *shapes: Shape) -> int:
+        x, w = shapes[:2]
+        win = window(x[1], x[2], (w[0], w[1]), self.stride, self.padding, self.dilation)
+        return x[0] * math.prod(w) * math.prod(win.output(x[1], x[2]))
 
 
 @dataclass(frozen=True)
@@ -53,13 +92,10 @@ class Conv2d(_Windowed):
     x (B, H, W, C), w (KH, KW, C, N), bias (N,), y (B, OH, OW, N), rectified if `relu`.
     """
 
-    stride: Pair = (1, 1)
-    padding: Padding = "same"
-    dilation: Pair = (1, 1)
-    relu: bool = False
-
-    selective = True
     channels = "mix"
+    required = "x (B, H, W, C), w (KH, KW, C, N), bias (N,), not empty"
+    input_grad = staticmethod(conv.conv2d_input_grad)
+    weight_grad = staticmethod(conv.conv2d_weight_grad)
     variants = {
         "numba": conv.conv2d,
         "reference": lambda x, w, b, win, relu: _plain(reference.conv2d(x, w, b, win), relu),
@@ -72,35 +108,9 @@ class Conv2d(_Windowed):
         ]
     )
 
-    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
-        x, w = arrays[:2]
-        bias = arrays[2] if len(arrays) > 2 else None
-        self._check(
-            x.ndim == 4
-            and w.ndim == 4
-            and x.shape[3] == w.shape[2]
-            and (bias is None or bias.shape == w.shape[3:]),
-            "x (B, H, W, C), w (KH, KW, C, N), bias (N,), not empty",
-            *arrays,
-        )
-        y = self.kernel()(x, w, bias, self._window(x, w), self.relu)
-        return y, (x, w, y if self.relu else None)
-
-    def backward(
-        self, grad: Array, saved: Saved, needs: tuple[bool, ...] = (True, True, True)
-    ) -> tuple[Array | None, ...]:
-        x, w, y = saved
-        win, grad = self._window(x, w), _rectified(grad, y)
-        grads = (
-            conv.conv2d_input_grad(grad, w, x.shape, win) if needs[0] else None,
-            conv.conv2d_weight_grad(grad, x, win) if needs[1] else None,
-            _bias_grad(grad) if len(needs) > 2 and needs[2] else None,
-        )
-        return grads[: len(needs)]
-
-    def macs(self, *shapes: Shape) -> int:
-        x, w = shapes[:2]
-        return x[0] * math.prod(w) * math.prod(_output(self, x, w))
+    @staticmethod
+    def _results(w: Array) -> int:
+        return w.shape[3]
 
 
 @dataclass(frozen=True)
@@ -110,13 +120,10 @@ class DepthwiseConv2d(_Windowed):
     x (B, H, W, C), w (KH, KW, C, R), bias (C R,), y (B, OH, OW, C R), rectified if `relu`.
     """
 
-    stride: Pair = (1, 1)
-    padding: Padding = "same"
-    dilation: Pair = (1, 1)
-    relu: bool = False
-
-    selective = True
     channels = "same"
+    required = "x (B, H, W, C), w (KH, KW, C, R), bias (C R,), not empty"
+    input_grad = staticmethod(depthwise.depthwise2d_input_grad)
+    weight_grad = staticmethod(depthwise.depthwise2d_weight_grad)
     variants = {
         "numba": depthwise.depthwise2d,
         "reference": lambda x, w, b, win, relu: _plain(reference.depthwise2d(x, w, b, win), relu),
@@ -131,35 +138,9 @@ class DepthwiseConv2d(_Windowed):
         ]
     )
 
-    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
-        x, w = arrays[:2]
-        bias = arrays[2] if len(arrays) > 2 else None
-        self._check(
-            x.ndim == 4
-            and w.ndim == 4
-            and x.shape[3] == w.shape[2]
-            and (bias is None or bias.shape == (w.shape[2] * w.shape[3],)),
-            "x (B, H, W, C), w (KH, KW, C, R), bias (C R,), not empty",
-            *arrays,
-        )
-        y = self.kernel()(x, w, bias, self._window(x, w), self.relu)
-        return y, (x, w, y if self.relu else None)
-
-    def backward(
-        self, grad: Array, saved: Saved, needs: tuple[bool, ...] = (True, True, True)
-    ) -> tuple[Array | None, ...]:
-        x, w, y = saved
-        win, grad = self._window(x, w), _rectified(grad, y)
-        grads = (
-            depthwise.depthwise2d_input_grad(grad, w, x.shape, win) if needs[0] else None,
-            depthwise.depthwise2d_weight_grad(grad, x, win) if needs[1] else None,
-            _bias_grad(grad) if len(needs) > 2 and needs[2] else None,
-        )
-        return grads[: len(needs)]
-
-    def macs(self, *shapes: Shape) -> int:
-        x, w = shapes[:2]
-        return x[0] * math.prod(w) * math.prod(_output(self, x, w))
+    @staticmethod
+    def _results(w: Array) -> int:
+        return w.shape[2] * w.shape[3]
 
 
 @dataclass(frozen=True)
@@ -250,10 +231,6 @@ def _bias_grad(grad: Array) -> Array:
     return grad.reshape(-1, grad.shape[-1]).sum(axis=0, dtype=grad.dtype)
 
 
-def _output(op: Any, x: Shape, w: Shape) -> Pair:
-    return window(x[1], x[2], (w[0], w[1]), op.stride, op.padding, op.dilation).output(x[1], x[2])
-
-
 def pair(op: str, name: str, value: int | Pair) -> Pair:
     """(rows, columns) from one number or two, all at least 1."""
     both = (value, value) if isinstance(value, int) else tuple(value)
@@ -291,13 +268,7 @@ def conv2d(
     relu: bool = False,
 ) -> Tensor:
     """Convolution of x (B, H, W, C) with w (KH, KW, C, N) and bias (N,), rectified if `relu`."""
-    op = Conv2d(
-        pair("conv2d", "stride", stride),
-        padded("conv2d", padding),
-        pair("conv2d", "dilation", dilation),
-        relu,
-    )
-    return apply(op, tensor(x), tensor(w), *(() if bias is None else (tensor(bias),)))
+    return _slide(Conv2d, x, w, bias, stride, padding, dilation, relu)
 
 
 def depthwise_conv2d(
@@ -311,9 +282,24 @@ def depthwise_conv2d(
     relu: bool = False,
 ) -> Tensor:
     """Each channel of x (B, H, W, C) with its own kernels w (KH, KW, C, R); bias (C R,)."""
-    name = "depthwise_conv2d"
-    op = DepthwiseConv2d(
-        pair(name, "stride", stride), padded(name, padding), pair(name, "dilation", dilation), relu
+    return _slide(DepthwiseConv2d, x, w, bias, stride, padding, dilation, relu)
+
+
+def _slide(
+    kind: type[_Windowed],
+    x: Operand,
+    w: Operand,
+    bias: Operand | None,
+    stride: int | Pair,
+    padding: Any,
+    dilation: int | Pair,
+    relu: bool,
+) -> Tensor:
+    op = kind(
+        pair(kind.name, "stride", stride),
+        padded(kind.name, padding),
+        pair(kind.name, "dilation", dilation),
+        relu,
     )
     return apply(op, tensor(x), tensor(w), *(() if bias is None else (tensor(bias),)))
 
