@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -304,7 +305,8 @@ def _records(
     """The finished runs, in whatever order they finish, with progress for a person to see."""
 
     def context(task: Task, say: Callable[[str], None] = _silent) -> Context:
-        files = (out / "runs" / f"{task.cell}-{task.seed}-{task.key}").absolute()
+        name = re.sub(r"\W+", "-", f"{task.cell} seed {task.seed} {task.key}")
+        files = (out / "runs" / name).absolute()
         return Context(files, args.data_dir and args.data_dir.absolute(), args.resume, say)
 
     total = len(tasks)

@@ -2,12 +2,11 @@
 
 `draw` takes finished records as summation_prune makes them, or as --resume reads them back: without
 `snapshots`, with lists for arrays and None for numbers that are not finite. A figure whose entries
-are missing is left out. Colours are those of Okabe and Ito, which the colour-blind can tell apart.
+are missing is left out.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import sys
 import zlib
@@ -20,16 +19,14 @@ from typing import Any
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 import tinynn as tn
-from experiments.summation_networks import (
+from experiments.pictures import (
     BLACK,
     BLUE,
     DPI,
@@ -38,9 +35,12 @@ from experiments.summation_networks import (
     ORANGE,
     PURPLE,
     SKY,
+    STYLE,
     VERMILION,
     YELLOW,
-    Array,
+    png,
+)
+from experiments.summation_networks import (
     error_plane,
     final_net,
     networks,
@@ -54,22 +54,7 @@ from tinynn.storage import write_bytes
 Record = dict[str, Any]
 Writer = Callable[[Path], None]
 
-STYLE: Record = {
-    "font.size": 9.5,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "figure.constrained_layout.h_pad": 0.07,
-    "figure.constrained_layout.w_pad": 0.07,
-}
 SHOWS = "tinynn run"  #: the entry of a picture that names the run whose networks it shows
-LARGE = 300_000  #: bytes of a picture that is worth making smaller
 
 #: phase: its colour, and what it does
 PHASES = {
@@ -131,7 +116,7 @@ def _picture(
     """What writes the picture, or None if the records do not allow it."""
     try:
         figure = picture(records)
-        content = None if figure is None else _png(figure, _drawn_run(records))
+        content = None if figure is None else png(figure, {SHOWS: _drawn_run(records)})
     except Exception as error:
         print(f"{name} is left out: {error!r}", file=sys.stderr)
         return None
@@ -171,25 +156,6 @@ def _shows_one_of(path: Path, records: list[Record]) -> bool:
             return picture.info.get(SHOWS, "") in {r["key"] for r in earlier if r.get("key")}
     except (OSError, SyntaxError, ValueError):
         return False  # none, or no picture: to be replaced
-
-
-def _png(figure: Figure, run: str) -> bytes:
-    """The figure as PNG; `run` is noted in it."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-    content = _encoded(pixels, run)
-    if len(content) > LARGE:  # thousands of thin lines: 52 shades a channel look the same
-        content = _encoded((5 * np.rint(pixels / 5)).astype(np.uint8), run)
-    return content
-
-
-def _encoded(pixels: Array, run: str) -> bytes:
-    buffer = io.BytesIO()
-    notes = PngInfo()
-    notes.add_text(SHOWS, run)
-    Image.fromarray(pixels).save(buffer, "png", optimize=True, pnginfo=notes)
-    return buffer.getvalue()
 
 
 # --- cells and axes -----------------------------------------------------------------------------

@@ -17,19 +17,23 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Rectangle
 
+from experiments.pictures import (
+    BLACK,
+    BLUE,
+    DPI,
+    GREEN,
+    ORANGE,
+    PALE,
+    VERMILION,
+    Array,
+)
 from tinynn import nn
 
 Record = dict[str, Any]
-Array = np.ndarray[Any, Any]
 
-BLACK, GREY, PALE = "#222222", "#777777", "#c9c9c9"
-BLUE, SKY, GREEN = "#0072b2", "#56b4e9", "#009e73"
-VERMILION, ORANGE, PURPLE = "#d55e00", "#e69f00", "#cc79a7"
-YELLOW = "#b8ab00"  #: darker than theirs, which does not show on white
 DIVERGING = LinearSegmentedColormap.from_list("", ["#00304d", BLUE, "white", VERMILION, "#5c2900"])
 
 BOX: Record = {"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.87}
-DPI = 110
 PANELS = 12  #: networks shown, the finished one included
 PLANE = (-2.0, 4.0)  #: inputs shown in the error plane
 RIGHT = 1e-3  #: errors below this look right in the error plane
