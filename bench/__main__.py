@@ -61,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--case", action="append", default=[], help="run this case, as printed by an earlier run"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: a minute")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer cases, rounds and peers: a minute a suite, once kernels are compiled",
+    )
     parser.add_argument(
         "--threads", nargs="+", type=int, metavar="N", help="thread counts (default: 1 and 2)"
     )
@@ -69,7 +73,12 @@ def _parser() -> argparse.ArgumentParser:
         "--peers", nargs="*", metavar="NAME", help="only these peers; none after it: no peer"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write records and summary")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write ratios.png, roofline.png")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write summary.png, roofline.png, and for a few cases ratios.png",
+    )
     parser.add_argument(
         "--remeasure", action="store_true", help="measure the limits of this machine again"
     )
@@ -124,7 +133,7 @@ def _run(problems: list[tuple[Suite, Case]], options: argparse.Namespace) -> int
             if not entry.trustworthy():
                 _warn(f"limits of {entry.threads} threads vary by {entry.spread:.0%}; not kept")
         print("\n".join([f"{facts['cpu']['name']}", *report.limits_lines(limits), ""]), flush=True)
-        races, records, work = _races(team, problems, limits, options.peers)
+        races, records, work = _races(team, problems, limits, options)
     summary = summarize(records)
     print("\n".join(report.summary_lines(summary)))
     noisy = [race for race in races if _spread(race) > _NOISY_SPREAD]
@@ -135,6 +144,7 @@ def _run(problems: list[tuple[Suite, Case]], options: argparse.Namespace) -> int
         write_json(options.json, content)
     if options.out is not None:
         if summary:
+            report.plot_summary(summary, options.out / "summary.png")
             report.plot_ratios(records, options.out / "ratios.png")
         if limits:
             report.plot_roofline(records, work, limits, options.out / "roofline.png")
@@ -154,7 +164,7 @@ def _races(
     team: Team,
     problems: list[tuple[Suite, Case]],
     limits: list[Limits],
-    peers: list[str] | None,
+    options: argparse.Namespace,
 ) -> tuple[list[Race], list[Record], dict[str, Work]]:
     """Time every problem, printing each as it is done."""
     roof = {entry.threads: entry for entry in limits}
@@ -162,15 +172,22 @@ def _races(
     records: list[Record] = []
     work: dict[str, Work] = {}
     for suite, case in problems:
-        able = suites.contestants(suite, case)
-        chosen = [n for n in able if n == OURS or peers is None or n in peers]
-        race = team.race(suite, case, chosen)
+        race = team.race(suite, case, _chosen(suite, case, options))
         work[str(case)] = suite.work(case)
         found = records_of(race, work[str(case)], roof.get(case.threads))
         print("\n".join(report.case_lines(race, work[str(case)], found)), flush=True)
         races.append(race)
         records += found
     return races, records, work
+
+
+def _chosen(suite: Suite, case: Case, options: argparse.Namespace) -> list[str]:
+    """Ours, and the peers that were named; else all, in a quick run those that build at once."""
+    able = suites.contestants(suite, case)
+    if options.peers is not None:
+        return [name for name in able if name == OURS or name in options.peers]
+    left_out = suites.slow_to_build(suite) if options.quick else ()
+    return [name for name in able if name not in left_out]
 
 
 def _content(

@@ -92,10 +92,17 @@ def calibrate(
         count *= 4
 
 
-def run_round(call: Callable[[], object], count: int, clock: Clock = time.perf_counter) -> float:
-    """Seconds a call over `count` calls, after one untimed call that wakes threads and caches."""
+def run_round(
+    call: Callable[[], object],
+    count: int,
+    clock: Clock = time.perf_counter,
+    *,
+    warm_up: bool = True,
+) -> float:
+    """Seconds a call over `count` calls, after an untimed one that wakes threads and caches."""
     with _no_collection():
-        call()
+        if warm_up:
+            call()
         start = clock()
         for _ in range(count):
             call()

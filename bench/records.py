@@ -13,6 +13,8 @@ from bench.suites import Work
 
 Record = dict[str, Any]
 
+BEST_PEER = "best peer"
+
 
 def records_of(race: Race, work: Work, limits: Limits | None) -> list[Record]:
     """One record for each peer that was timed; one with peer None if there was none.
@@ -47,14 +49,21 @@ def records_of(race: Race, work: Work, limits: Limits | None) -> list[Record]:
 
 
 def summarize(records: Iterable[Record]) -> list[Record]:
-    """The geometric mean and the lowest of the ratios, for each family, peer and thread count."""
+    """The geometric mean and the lowest of the ratios, for each family, peer and thread count.
+
+    The peer BEST_PEER stands for whichever is fastest in each case; each library's own time is
+    already that of its fastest layout or form.
+    """
     groups: dict[tuple[str, str, int], list[Record]] = {}
-    for record in records:
-        if record["peer"] is not None:
-            key = (record["family"], record["peer"], record["threads"])
-            groups.setdefault(key, []).append(record)
+    compared = [record for record in records if record["peer"] is not None]
+    for record in [*compared, *_best(compared)]:
+        key = (record["family"], record["peer"], record["threads"])
+        groups.setdefault(key, []).append(record)
+    families = list(dict.fromkeys(family for family, _, _ in groups))
+    order = sorted(groups, key=lambda key: (families.index(key[0]), key[2]))  # stable: best last
     summary = []
-    for (family, peer, threads), members in groups.items():
+    for family, peer, threads in order:
+        members = groups[family, peer, threads]
         worst = min(members, key=lambda record: record["ratio"])
         summary.append(
             {
@@ -67,6 +76,16 @@ def summarize(records: Iterable[Record]) -> list[Record]:
             }
         )
     return summary
+
+
+def _best(compared: Sequence[Record]) -> list[Record]:
+    """The record of each case's fastest peer, as one of BEST_PEER."""
+    best: dict[str, Record] = {}
+    for record in compared:
+        known = best.setdefault(record["case"], record)
+        if record["ratio"] < known["ratio"]:
+            best[record["case"]] = record
+    return [{**record, "peer": BEST_PEER} for record in best.values()]
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:

@@ -10,10 +10,19 @@ from typing import Any
 from bench.case import Case
 from bench.libraries import OURS
 from bench.race import Race
-from bench.records import Record
+from bench.records import BEST_PEER, Record
 from bench.roofline import Limits
 from bench.suites import Work
 from tinynn.storage import write_bytes
+
+_NOTES = (
+    f"{BEST_PEER}: in each case the fastest of the peers. torch, torch_compile: the faster of "
+    "contiguous and channels_last.",
+    "onnxruntime, openvino: images in NCHW, the layout of their operators; inference only.",
+)
+
+#: More cases than this are a thicket: the ratios' bars are left out, the roofline's points unnamed.
+_BARS, _NAMES = 60, 20
 
 
 def case_lines(race: Race, work: Work, records: Sequence[Record]) -> list[str]:
@@ -37,14 +46,14 @@ def case_lines(race: Race, work: Work, records: Sequence[Record]) -> list[str]:
 def summary_lines(summary: Iterable[Record]) -> list[str]:
     """A line for each family, peer and thread count; a ratio above 1 means that ours is faster."""
     rows = [
-        f"{s['family']:<14}{s['peer']:<16}{s['threads']:>7}{s['geomean']:>9.2f}{s['worst']:>8.2f}"
+        f"{s['family']:<24}{s['peer']:<16}{s['threads']:>7}{s['geomean']:>9.2f}{s['worst']:>8.2f}"
         f"  {s['worst_case']}"
         for s in summary
     ]
     if not rows:
         return []
-    head = f"{'family':<14}{'peer':<16}{'threads':>7}{'geomean':>9}{'worst':>8}  worst case"
-    return ["", "peer's time / ours (above 1: ours is faster)", head, *rows]
+    head = f"{'family':<24}{'peer':<16}{'threads':>7}{'geomean':>9}{'worst':>8}  worst case"
+    return ["", "peer's time / ours (above 1: ours is faster)", head, *rows, *_NOTES]
 
 
 def limits_lines(limits: Iterable[Limits]) -> list[str]:
@@ -66,10 +75,44 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-9:.1f} ns"
 
 
+def plot_summary(summary: Sequence[Record], path: Path) -> None:
+    """A bar from the worst ratio to the geometric mean, for each family, peer and thread count.
+
+    Raises OutputError.
+    """
+    families = list(dict.fromkeys((s["family"], s["threads"]) for s in summary))
+    peers = list(dict.fromkeys(s["peer"] for s in summary))
+    peers.sort(key=lambda peer: peer == BEST_PEER)
+    figure = _figure(9, 1.2 + 0.5 * len(families) * max(1, len(peers) / 3))
+    axes = figure.add_subplot()
+    height = 0.8 / max(len(peers), 1)
+    for i, peer in enumerate(peers):
+        mine = [s for s in summary if s["peer"] == peer]
+        places = [families.index((s["family"], s["threads"])) + i * height for s in mine]
+        spans = [s["geomean"] - s["worst"] for s in mine]
+        bars = axes.barh(places, spans, height, [s["worst"] for s in mine], label=peer)
+        axes.plot([s["geomean"] for s in mine], places, "k|", markersize=5)
+        axes.bar_label(bars, [f"{s['geomean']:.2f}" for s in mine], padding=3, fontsize=6)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xscale("log")
+    names = [f"{family} {threads}T" for family, threads in families]
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(families))], names, size=7)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("peer's time / ours: from the worst case to the geometric mean")
+    axes.legend(fontsize=7)
+    _save(figure, path)
+
+
 def plot_ratios(records: Sequence[Record], path: Path) -> None:
-    """Bars of peer's time / ours, a group for each case, with a line at 1. Raises OutputError."""
+    """Bars of peer's time / ours, a group for each case, with a line at 1. Raises OutputError.
+
+    Nothing is drawn where there are too many cases to tell apart.
+    """
     compared = [record for record in records if record["peer"] is not None]
     cases = list(dict.fromkeys(record["case"] for record in compared))
+    if len(cases) > _BARS:
+        return
     peers = list(dict.fromkeys(record["peer"] for record in compared))
     figure = _figure(9, 1.2 + 0.5 * len(cases) * max(1, len(peers) / 2))
     axes = figure.add_subplot()
@@ -103,8 +146,10 @@ def plot_roofline(
             ridge = entry.flops / rate
             heights = [span[0] * rate / 1e9, entry.flops / 1e9, entry.flops / 1e9]
             axes.plot([span[0], ridge, max(span[1], ridge)], heights, linewidth=1, label=name)
+        _points(axes, mine, intensities)
         for record, intensity in zip(mine, intensities, strict=True):
-            axes.plot(intensity, record["gflops"], "ko", markersize=4)
+            if len(mine) > _NAMES:
+                break
             axes.annotate(
                 _short(record["case"]),
                 (intensity, record["gflops"]),
@@ -118,8 +163,20 @@ def plot_roofline(
         axes.set_xlabel("FLOPs per byte moved once")
         axes.set_ylabel("GFLOP/s")
         axes.set_title(f"{entry.threads} thread{'s' * (entry.threads > 1)}", fontsize=9)
-        axes.legend(fontsize=6, title="read bandwidth", title_fontsize=6)
+        axes.legend(fontsize=5, title="read bandwidth; families", title_fontsize=6)
     _save(figure, path)
+
+
+def _points(axes: Any, records: Sequence[Record], intensities: Sequence[float]) -> None:
+    """A point for each case, a colour for each family."""
+    for i, family in enumerate(dict.fromkeys(record["family"] for record in records)):
+        mine = [
+            (x, r["gflops"])
+            for r, x in zip(records, intensities, strict=True)
+            if r["family"] == family
+        ]
+        marker = "osD^v<>P"[i // 10 % 8]
+        axes.plot(*zip(*mine, strict=True), marker, color=f"C{i % 10}", markersize=4, label=family)
 
 
 def _short(case: str) -> str:

@@ -11,16 +11,19 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from bench.case import Case
 from bench.libraries import LIBRARIES, OURS
-from bench.measure import calibrate, compare, run_round
+from bench.measure import calibrate, run_round
 
 _WARM_UP_CALLS = 3
 _CHOICE_ROUNDS = 5
+_SLOW_CHOICE_ROUNDS = 2  # of calls that take longer than a round: layouts differ by more
+_SELF_WARMING = 0.1  # seconds of a call beside which waking threads and caches is nothing
 
 
 class _State:
@@ -34,6 +37,7 @@ class _State:
         self.answers: dict[str, list[float] | None] = {}
         self.call: Callable[[], object] | None = None
         self.count = 0
+        self.seconds = 0.0  # of a call, in the last round
 
     def build(self, suite: str, case: str) -> dict[str, Any]:
         self.drop()
@@ -50,21 +54,26 @@ class _State:
         return {"layer": _threading_layer() if self.library == OURS else None}
 
     def choose(self, round_seconds: float) -> dict[str, Any]:
-        name = next(iter(self.candidates))
-        if len(self.candidates) > 1:
-            times = compare(self.candidates, rounds=_CHOICE_ROUNDS, round_seconds=round_seconds / 2)
-            name = min(times, key=lambda n: times[n].median)
-        self.call = self.candidates[name]
+        counts = {name: calibrate(call, round_seconds) for name, call in self.candidates.items()}
+        name = next(iter(counts))
+        if len(counts) > 1:
+            rounds = _CHOICE_ROUNDS if min(counts.values()) > 1 else _SLOW_CHOICE_ROUNDS
+            seconds: dict[str, list[float]] = {name: [] for name in counts}
+            for _ in range(rounds):
+                for name, call in self.candidates.items():
+                    seconds[name].append(run_round(call, counts[name]))
+            name = min(seconds, key=lambda name: statistics.median(seconds[name]))
+        self.call, self.count = self.candidates[name], counts[name]
         self.candidates = {}
-        self.count = calibrate(self.call, round_seconds)
         return {"choice": name, "repetitions": self.count, "answer": self.answers[name]}
 
     def round(self) -> dict[str, Any]:
         assert self.call is not None
-        return {"seconds": run_round(self.call, self.count)}
+        self.seconds = run_round(self.call, self.count, warm_up=self.seconds < _SELF_WARMING)
+        return {"seconds": self.seconds}
 
     def drop(self) -> dict[str, Any]:
-        self.candidates, self.answers, self.call = {}, {}, None
+        self.candidates, self.answers, self.call, self.seconds = {}, {}, None, 0.0
         return {}
 
 

@@ -237,24 +237,38 @@ def test_summary_has_geometric_mean_and_worst_case():
         _race(2, 2, tinynn=1.0),
     ]
     records = [record for race in races for record in records_of(race, Work(1.0, 1.0), None)]
-    assert summarize(records) == [
-        {
-            "family": "train_step",
-            "peer": "torch",
-            "threads": 1,
-            "geomean": pytest.approx(2.0),
-            "worst": 0.5,
-            "worst_case": str(races[1].case),
-        },
-        {
-            "family": "train_step",
-            "peer": "torch",
-            "threads": 2,
-            "geomean": pytest.approx(3.0),
-            "worst": 3.0,
-            "worst_case": str(races[3].case),
-        },
+    one = {
+        "family": "train_step",
+        "peer": "torch",
+        "threads": 1,
+        "geomean": pytest.approx(2.0),
+        "worst": 0.5,
+        "worst_case": str(races[1].case),
+    }
+    two = {
+        "family": "train_step",
+        "peer": "torch",
+        "threads": 2,
+        "geomean": pytest.approx(3.0),
+        "worst": 3.0,
+        "worst_case": str(races[3].case),
+    }
+    best = {"peer": "best peer"}
+    assert summarize(records) == [one, one | best, two, two | best]
+
+
+def test_the_best_peer_is_the_fastest_in_each_case():
+    races = [
+        _race(1, 1, tinynn=1.0, torch=4.0, numpy=2.0),
+        _race(1, 2, tinynn=1.0, torch=0.5, numpy=8.0),
     ]
+    records = [record for race in races for record in records_of(race, Work(1.0, 1.0), None)]
+    torch, numpy, best = summarize(records)
+    assert (torch["peer"], numpy["peer"], best["peer"]) == ("torch", "numpy", "best peer")
+    assert torch["geomean"] == pytest.approx(math.sqrt(2.0))
+    assert numpy["geomean"] == pytest.approx(4.0)
+    assert best["geomean"] == pytest.approx(1.0)  # numpy in the first case, torch in the second
+    assert best["worst"] == 0.5 and best["worst_case"] == str(races[1].case)
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20))
@@ -414,11 +428,12 @@ def test_json_plots_and_table_with_a_peer(only_toy, tmp_path, capsys):
     for record in content["records"]:
         assert record["peer"] == "numpy"
         assert record["ratio"] == pytest.approx(record["peer_seconds"] / record["seconds"])
-    (line,) = content["summary"]
+    line, best = content["summary"]
+    assert best == line | {"peer": "best peer"}
     assert list(line) == ["family", "peer", "threads", "geomean", "worst", "worst_case"]
     assert line["geomean"] == pytest.approx(math.sqrt(ratios[0] * ratios[1]))
     assert line["worst"] == min(ratios)
-    for name in ("ratios.png", "roofline.png"):
+    for name in ("summary.png", "ratios.png", "roofline.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert line["worst_case"] in printed and "geomean" in printed

@@ -87,6 +87,11 @@ def contestants(suite: Suite, case: Case) -> Sequence[str]:
     return suite.LIBRARIES if chosen is None else cast("Sequence[str]", chosen(case))
 
 
+def slow_to_build(suite: Suite) -> Sequence[str]:
+    """Libraries that `--quick` leaves out since they compile for minutes: SLOW_TO_BUILD, if any."""
+    return cast("Sequence[str]", getattr(suite, "SLOW_TO_BUILD", ()))
+
+
 def names() -> list[str]:
     """The suites that there are."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
