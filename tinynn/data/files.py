@@ -83,6 +83,16 @@ class Reader:
             )
         return data
 
+    def skip(self, size: int, what: str) -> None:
+        """Pass over `size` bytes, keeping none. Raises FileFormatError if the file ends before."""
+        while size > 0:
+            size -= len(self.exactly(min(size, _CHUNK), what))
+
+    def skip_rest(self) -> None:
+        """Read to the end, where gzip has its checksum."""
+        while self.read(_CHUNK):
+            pass
+
     def end(self) -> None:
         """Raise FileFormatError unless nothing follows."""
         at = self.offset
