@@ -138,7 +138,7 @@ def test_no_file_outgrows_one_reading() -> None:
 
 def test_the_heart_of_the_engine_reads_in_one_sitting() -> None:
     lines = sum(len((ROOT / "tinynn" / f).read_text().splitlines()) for f in ("op.py", "tensor.py"))
-    assert lines <= 438
+    assert lines <= 446
 
 
 def test_module_classes_have_unique_names() -> None:

@@ -161,6 +161,9 @@ TORCH: dict[str, Any] = {
             x.reshape(-1, x.shape[-1]), None, None, g, b, training=True, eps=op.eps
         ).reshape(x.shape),
     ),
+    "batch_norm_eval": lambda T, op, x, g, b, m, v: _rectified(
+        op, (x - m) * (g / (v + op.eps).sqrt()) + b
+    ),
     "scale_shift": lambda T, op, x, a, b: _rectified(op, x * a + b),
     "take": lambda T, op, x, i: x[i],
     "softmax": lambda T, op, x: x.softmax(op.axis),

@@ -12,7 +12,7 @@ import numpy as np
 from kernels import statistics
 from tinynn.errors import DataError, GraphError, NonFiniteError, PruneError
 from tinynn.graph import Value, trace
-from tinynn.nn.module import Module, running_module
+from tinynn.nn.module import Module, mode, running_module
 from tinynn.op import Array, Op
 from tinynn.tensor import Tensor, no_grad, recording
 
@@ -59,6 +59,23 @@ class Statistics:
         numbers = np.stack([self.mean, self._squares, self.low, self.high])
         return np.asarray(np.isfinite(numbers).all(axis=0))
 
+    def pooled(self, places: Array, size: int) -> Statistics:
+        """The statistics of `size` channels of which column i here holds values of places[i].
+
+        Several columns may hold values of one channel (after a flatten for instance), each channel
+        has equally many; columns of place -1 do not count.
+        """
+        columns = np.flatnonzero(places >= 0)
+        order = columns[np.argsort(places[columns], kind="stable")].reshape(size, -1)
+        out = Statistics(size, self.samples * order.shape[1])
+        out.count = self.count[order].sum(axis=1)
+        out.low, out.high = self.low[order].min(axis=1), self.high[order].max(axis=1)
+        mean = self.mean[order]
+        out.mean = mean[:, 0] if order.shape[1] == 1 else mean.mean(axis=1)
+        between = ((mean - out.mean[:, None]) ** 2).sum(axis=1) * self.samples
+        out._squares = self._squares[order].sum(axis=1) + between
+        return out
+
     def add(self, activation: Array) -> None:
         """Take in an array (..., channels) of at least one row."""
         x = activation.reshape(-1, activation.shape[-1])
@@ -82,6 +99,7 @@ class Observer:
     """
 
     def __init__(self, model: Module, example: Array) -> None:
+        self.example = np.array(example)
         self.graph = trace(model, example)
         self._digest = _digest(model)
         self._paths = {id(m): path for path, m in model.named_modules()}
@@ -156,9 +174,7 @@ def observe(model: Module, data: Iterable[Any]) -> Observer:
     the data, NonFiniteError naming the op and its module if an activation is NaN or infinite.
     """
     observer = None
-    modes = [(m, m.training) for _, m in model.named_modules()]
-    model.eval()
-    try:
+    with mode(model, training=False):
         for i, batch in enumerate(data):
             x = np.asarray(batch[0] if isinstance(batch, tuple) else batch)
             if x.ndim == 0 or x.size == 0:
@@ -166,9 +182,6 @@ def observe(model: Module, data: Iterable[Any]) -> Observer:
             if observer is None:
                 observer = Observer(model, x[:1])
             observer.watch(model, x)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if observer is None:
         raise DataError("observe: required at least one batch; came none")
     return observer

@@ -44,6 +44,8 @@ class Op:
 
     name: ClassVar[str]
     channels: ClassVar[ChannelRule | None] = None
+    #: the axis of operand 1 that operand 0's channels index, of `same` ops where it is not the last
+    weight_axis: ClassVar[int | None] = None
     #: whether `backward` takes a third argument, `needs`: for each operand, is its gradient wanted
     selective: ClassVar[bool] = False
     #: whether operands may be integers (positions, class numbers)
@@ -74,6 +76,10 @@ class Op:
     def macs(self, *shapes: Shape) -> int:
         """Multiply-adds of one forward call on operands of these shapes (1 MAC = 2 FLOPs)."""
         return 0
+
+    def rule(self, *shapes: Shape) -> ChannelRule | None:
+        """The channel rule on operands of these shapes, where it depends on attributes."""
+        return self.channels
 
     def kernel(self) -> Callable[..., Any]:
         """The variant in force: see `use_variant`."""

@@ -71,7 +71,7 @@ def by_name(name: str, rng: np.random.Generator) -> Importance:
 
 def _watched(group: Group, seen: Observer) -> list[Statistics]:
     read = [r.value for r in group.readers] or group.values[-1:]
-    found = [seen[v] for v in read if v in seen and v.channels == group.size]
+    found = [seen[v].pooled(group.places[v.index], group.size) for v in read if v in seen]
     if not found:
         raise PruneError(f"importance: nothing was observed of the channels of {group.name}")
     return found
@@ -80,7 +80,10 @@ def _watched(group: Group, seen: Observer) -> list[Statistics]:
 def _norm(group: Group, parameters: Mapping[str, Array], order: int) -> Array:
     total = np.zeros(group.size)
     for member in group.writers:
-        if parameters[member.name].ndim > 1:  # biases say where, not how much
-            rows = np.moveaxis(parameters[member.name], member.axis, -1).reshape(-1, group.size)
-            total += (np.abs(rows.astype(np.float64)) ** order).sum(axis=0)
+        if (
+            member.name in parameters and parameters[member.name].ndim > 1
+        ):  # biases say where, not how much
+            rows = np.moveaxis(parameters[member.name], member.axis, 0)[member.index >= 0]
+            sums = (np.abs(rows.astype(np.float64)) ** order).reshape(len(rows), -1).sum(axis=1)
+            total += np.bincount(member.index[member.index >= 0], sums, group.size)
     return total ** (1 / order)

@@ -112,7 +112,8 @@ def _hidden_layers(seen: Observer) -> list[_Hidden]:
     found = []
     for group in graph.groups():
         names = [m.name for m in group.writers]
-        if group.fixed or len(group.readers) != 1 or len(names) != 2:
+        whole = all(v.channels == group.size for v in group.values)
+        if group.fixed or len(group.readers) != 1 or len(names) != 2 or not whole:
             continue
         reader = group.readers[0]
         node = makers[reader.value.index]

@@ -6,20 +6,29 @@ parameters it was made from: make a new one for the smaller model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from tinynn.compress.fold import Fold, shifts
 from tinynn.compress.importance import Importance
 from tinynn.compress.select import Selection
-from tinynn.errors import ConfigError, PruneError
-from tinynn.graph import Group, Value
+from tinynn.errors import ConfigError, PruneError, TinynnError
+from tinynn.graph import Graph, Group, Node, moved, trace
 from tinynn.nn.module import Module, Parameter
 from tinynn.observe import Observer
 from tinynn.op import Array
 
-Fold = Literal["constant", "mean", "none"]
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided of one group of channels, one entry a channel."""
+
+    group: Group
+    scores: Array
+    keep: Array
+    guarded: Array  #: which of those that stay only `least` has kept
 
 
 def channels(
@@ -29,6 +38,8 @@ def channels(
     select: Selection,
     *,
     fold: Fold = "constant",
+    least: int = 0,
+    report: Callable[[Decision], None] | None = None,
 ) -> Module:
     """A new model without the channels that `select` drops from the scores of `importance`.
 
@@ -37,46 +48,56 @@ def channels(
     observed data stays exactly the same; with "mean" every removed channel leaves its mean, an
     approximation; with "none" nothing is left.
 
+    Each group keeps `least` channels: where `select` leaves fewer, the highest scores stay, too.
+    `report` is called with the Decision on each group, which says where that happened.
+
     Raises PruneError if `seen` was observed on another model or before this one changed, if no
     group can be pruned, if scores are NaN or not one a channel, if a layer would lose all its
-    channels, or if a constant other than zero has no bias to go to.
+    channels, if a constant other than zero has no bias to go to or cannot be folded exactly (it
+    enters a convolution with padding), or if a module has sizes of its own that do not follow.
     """
-    if fold not in ("constant", "mean", "none"):
-        raise ConfigError(f"prune.channels: fold is 'constant', 'mean' or 'none'; came {fold!r}")
+    if fold not in ("constant", "mean", "none") or least < 0:
+        raise ConfigError(
+            "prune.channels: fold is 'constant', 'mean' or 'none', least >= 0; came "
+            f"{fold!r} and {least}"
+        )
     seen.require(model, "prune.channels")
-    parameters = {name: np.array(p.data) for name, p in model.named_parameters()}
+    arrays = model.state_dict()
     groups = seen.graph.groups()
     prunable = [g for g in groups if not g.fixed]
     if not prunable:
         reasons = "; ".join(f"{g.name}: {g.fixed}" for g in groups)
         raise PruneError(f"prune.channels: no group of channels can be pruned ({reasons})")
-    for group in prunable:
-        scores = np.asarray(importance(group, seen, parameters))
-        if scores.shape != (group.size,) or np.isnan(scores).any():
-            raise PruneError(
-                f"prune.channels: required {group.size} scores for the channels of {group.name}, "
-                f"none of them NaN; came {scores}"
-            )
-        keep = np.asarray(select(scores), bool)
-        if keep.shape != scores.shape:
-            raise PruneError(
-                f"prune.channels: required one decision for each of {group.size} channels of "
-                f"{group.name}; came shape {keep.shape}"
-            )
-        if not keep.any():
-            raise PruneError(
-                f"prune.channels: all {group.size} channels of {group.name} would go (scores from "
-                f"{np.min(scores):.6g} to {np.max(scores):.6g}); a layer keeps at least one"
-            )
-        if not keep.all():
-            _remove(group, keep, seen, parameters, fold)
-    return rebuilt(model, parameters)
+    decisions = [_decide(g, importance, select, least, seen, arrays) for g in prunable]
+    for decision in decisions:
+        if report:
+            report(decision)
+    return remove(model, seen, decisions, fold=fold)
+
+
+def remove(
+    model: Module, seen: Observer, decisions: Sequence[Decision], *, fold: Fold = "constant"
+) -> Module:
+    """A new model without the channels that these decisions do not keep: see `channels`."""
+    arrays = model.state_dict()
+    masks, kept = _masks(decisions, arrays)
+    for name, shift in shifts(seen, kept, arrays, fold).items():
+        arrays[name] = (arrays[name] + shift).astype(arrays[name].dtype)
+    for (name, axis), mask in masks.items():
+        arrays[name] = np.compress(mask, arrays[name], axis=axis)
+    out = rebuilt(model, {k: np.ascontiguousarray(a) for k, a in arrays.items()})
+    modules = dict(out.named_modules())
+    for node in seen.graph.nodes:
+        if node.resizes and node.output.index in kept:
+            _resize(modules[node.path], node, kept[node.output.index])
+    _confirm(out, seen, kept)
+    return out
 
 
 def rebuilt(model: Module, arrays: Mapping[str, Array]) -> Module:
     """A copy of `model` whose parameters, by dotted path, are these arrays of whatever size.
 
-    Parameters that are not trained stay so.
+    Buffers that `arrays` names change likewise. Parameters that are not trained stay so.
     """
     out = model.copy()
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -84,38 +105,133 @@ def rebuilt(model: Module, arrays: Mapping[str, Array]) -> Module:
     for name, old in out.named_parameters():
         new[id(old)] = Parameter(arrays[name], copy=False)
         new[id(old)].requires_grad = trained[name]
-    for _, module in out.named_modules():
+    for path, module in out.named_modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, Parameter):
                 setattr(module, name, new[id(value)])
+            elif isinstance(value, np.ndarray):
+                setattr(module, name, arrays.get(f"{path}.{name}" if path else name, value))
     return out
 
 
-def _remove(
-    group: Group, keep: Array, seen: Observer, parameters: dict[str, Array], fold: Fold
-) -> None:
-    """Shrink every array of the group in `parameters`, after folding what removed nodes leave."""
-    for reader in group.readers:
-        left = _left_behind(seen, reader.value, keep, fold)
-        weight = np.moveaxis(parameters[reader.weight.name], reader.weight.axis, 0)
-        if left.any():
-            if reader.bias is None:
-                raise PruneError(
-                    f"prune.channels: {group.name} has a constant channel other than zero, and "
-                    f"{reader.weight.name} has no bias to fold it into"
-                )
-            bias = parameters[reader.bias]
-            shift = np.tensordot(left, weight.astype(np.float64), axes=1)
-            parameters[reader.bias] = (bias + shift).astype(bias.dtype)
-    for member in group.members:
-        shorter = np.compress(keep, parameters[member.name], axis=member.axis)
-        parameters[member.name] = np.ascontiguousarray(shorter)
+def _decide(
+    group: Group,
+    importance: Importance,
+    select: Selection,
+    least: int,
+    seen: Observer,
+    arrays: Mapping[str, Array],
+) -> Decision:
+    scores = np.asarray(importance(group, seen, arrays))
+    if scores.shape != (group.size,) or np.isnan(scores).any():
+        raise PruneError(
+            f"prune.channels: required {group.size} scores for the channels of {group.name}, "
+            f"none of them NaN; came {scores}"
+        )
+    keep = np.array(select(scores), bool)
+    if keep.shape != scores.shape:
+        raise PruneError(
+            f"prune.channels: required one decision for each of {group.size} channels of "
+            f"{group.name}; came shape {keep.shape}"
+        )
+    guarded = np.zeros(group.size, bool)
+    dropped = np.flatnonzero(~keep)
+    best = dropped[np.argsort(-scores[dropped], kind="stable")]
+    guarded[best[: max(0, least - int(keep.sum()))]] = True
+    return Decision(group, scores, keep | guarded, guarded)
 
 
-def _left_behind(seen: Observer, value: Value, keep: Array, fold: Fold) -> Array:
-    """What each removed channel adds to its readers for ever; zero for those that stay."""
-    statistics = seen[value]
-    if fold == "none":
-        return np.zeros(len(keep))
-    gone = ~keep if fold == "mean" else ~keep & statistics.constant
-    return np.where(gone, np.where(statistics.constant, statistics.low, statistics.mean), 0.0)
+def _masks(
+    decisions: Sequence[Decision], arrays: Mapping[str, Array]
+) -> tuple[dict[tuple[str, int], Array], dict[int, Array]]:
+    """What stays along each axis of parameters and buffers, and of each value's channels."""
+    masks: dict[tuple[str, int], Array] = {}
+    kept: dict[int, Array] = {}
+    for d in decisions:
+        for member in d.group.members:
+            axis = (member.name, member.axis)
+            mask = masks.setdefault(axis, np.ones(arrays[member.name].shape[member.axis], bool))
+            mask &= (member.index < 0) | d.keep[member.index]
+        for index, places in d.group.places.items():
+            mask = kept.setdefault(index, np.ones(len(places), bool))
+            mask &= (places < 0) | d.keep[places]
+    for d in decisions:
+        axes = [(m.name, m.axis) for m in d.group.members]
+        values = [kept[i] for i in d.group.places]
+        if not all(mask.any() for mask in [*values, *(masks[a] for a in axes)]):
+            raise PruneError(
+                f"prune.channels: all {d.group.size} channels of {d.group.name} would go (scores "
+                f"from {np.min(d.scores):.6g} to {np.max(d.scores):.6g}); a layer keeps at least "
+                "one"
+            )
+    return masks, kept
+
+
+def _resize(module: Module, node: Node, keep: Array) -> None:
+    """Set how many channels the module pads before and after to what is left of them."""
+    before, after = node.op.widths[-1]  # type: ignore[attr-defined]
+    first, last = node.resizes
+    if (getattr(module, first), getattr(module, last)) != (before, after):
+        raise PruneError(
+            f"prune.channels: {node.module} in {node.path!r} pads {before} and {after} channels, "
+            f"which {first} and {last} do not say"
+        )
+    setattr(module, first, int(keep[:before].sum()))
+    setattr(module, last, int(keep[len(keep) - after :].sum()))
+
+
+def _confirm(model: Module, seen: Observer, kept: Mapping[int, Array]) -> None:
+    """Raise PruneError unless every op of the smaller model sees the channels that it should."""
+    try:
+        new = trace(model, seen.example)
+    except (TinynnError, ValueError, IndexError) as error:
+        raise PruneError(
+            f"prune.channels: the smaller model does not run; a module has sizes of its own that "
+            f"pruning cannot change: {error}"
+        ) from error
+    labels = _labels(seen.graph)
+    same_ops = [(n.op.name, n.path) for n in new.nodes] == [
+        (n.op.name, n.path) for n in seen.graph.nodes
+    ]
+    pairs = zip(seen.graph.nodes, new.nodes, strict=True) if same_ops else [(None, None)]
+    for old, node in pairs:
+        if old is None or node is None or not _agree(old, node, labels, kept):
+            where = f"{old.op.name} in {old.path!r}" if old else "an op"
+            raise PruneError(
+                f"prune.channels: {where} does not see the channels that stay; the module has "
+                "sizes or positions of its own that pruning cannot change"
+            )
+
+
+def _labels(graph: Graph) -> dict[int, Array]:
+    """A number for each channel of each value, the same wherever it is the same channel."""
+    labels: dict[int, Array] = {}
+    first = 0
+    for group in graph.groups():
+        for index, places in group.places.items():
+            mine = labels.setdefault(index, np.full(len(places), -1))
+            mine[places >= 0] = first + places[places >= 0]
+        first += group.size
+    return labels
+
+
+def _agree(old: Node, new: Node, labels: Mapping[int, Array], kept: Mapping[int, Array]) -> bool:
+    def stay(index: int, numbers: Array) -> Array:
+        return numbers[kept[index]] if index in kept else numbers
+
+    if len(stay(old.output.index, labels[old.output.index])) != new.output.channels:
+        return False
+    shapes = [v.shape for v in old.inputs]
+    if old.op.rule(*shapes) not in ("stack", "spread"):
+        return True
+    if not all(v.index in labels for v in old.inputs):
+        return True  # moves what is no data; nothing there was pruned
+    before = moved(old.op, [labels[v.index] for v in old.inputs], shapes)
+    after = moved(
+        new.op,
+        [stay(v.index, labels[v.index]) for v in old.inputs],
+        [v.shape for v in new.inputs],
+    )
+    if before is None or after is None:
+        return before is None and after is None
+    return np.array_equal(stay(old.output.index, before), after)

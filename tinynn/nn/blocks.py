@@ -49,7 +49,13 @@ class Concat(Module):
 
 
 class Shortcut(Module):
-    """The identity, with a smaller image (average pool) and more channels (zeros) where needed."""
+    """The identity, with a smaller image (average pool) and more channels (zeros) where needed.
+
+    The new channels lie before and after the old ones: `front` and `back` count them. Removing
+    channels keeps the order, so that a pruned shortcut has smaller counts and nothing else.
+    """
+
+    channel_padding = ("front", "back")
 
     def __init__(self, m_in: int, m_out: int, *, stride: int = 1) -> None:
         if m_out < m_in:

@@ -66,6 +66,8 @@ class Module:
     rectifies: ClassVar[bool] = False
     #: whether `forward` is a ReLU and nothing else, so that a module before it may take it over
     is_relu: ClassVar[bool] = False
+    #: the names of the two attributes that hold how many channels `forward` pads before and after
+    channel_padding: ClassVar[tuple[str, ...]] = ()
 
     training: bool = True
 

@@ -124,6 +124,7 @@ class DepthwiseConv2d(_Windowed):
     required = "x (B, H, W, C), w (KH, KW, C, R), bias (C R,), not empty"
     input_grad = staticmethod(depthwise.depthwise2d_input_grad)
     weight_grad = staticmethod(depthwise.depthwise2d_weight_grad)
+    weight_axis = 2
     variants = {
         "numba": depthwise.depthwise2d,
         "reference": lambda x, w, b, win, relu: _plain(reference.depthwise2d(x, w, b, win), relu),

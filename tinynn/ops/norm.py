@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,14 @@ from kernels import reference
 from kernels.elementwise import relu_grad
 from tinynn.op import Array, Op, Sample, Saved
 from tinynn.ops._common import Operand, tensor
-from tinynn.ops.elementwise import mul, sub
 from tinynn.tensor import Tensor, apply, run
+
+_SCALE_SHIFT: dict[str, Callable[..., Array]] = {
+    "numba": kernels.scale_shift,
+    "reference": lambda x, scale, shift, relu: (
+        reference.relu(x * scale + shift) if relu else x * scale + shift
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -53,21 +60,64 @@ class BatchNorm(Op):
 
 
 @dataclass(frozen=True)
+class BatchNormEval(Op):
+    """y = gamma (x - mean) / sqrt(var + eps) + beta, by a mean and a variance that are given.
+
+    x (..., C), gamma, beta, mean and variance (C,); y rectified if `relu`. Ioffe & Szegedy 2015,
+    algorithm 2: one factor and one summand a channel.
+    """
+
+    eps: float = 1e-5
+    relu: bool = False
+
+    selective = True
+    channels = "same"
+    variants = _SCALE_SHIFT
+    samples = staticmethod(
+        lambda: [
+            Sample(BatchNormEval(), ((6, 3), (3,), (3,), (3,), (3,)), low=0.5),
+            Sample(BatchNormEval(relu=True), ((2, 3, 2, 3), (3,), (3,), (3,), (3,)), low=0.5),
+        ]
+    )
+
+    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
+        x, gamma, beta, mean, variance = arrays
+        _require(self, x, gamma, beta, mean, variance)
+        inverse = (1 / np.sqrt(variance + gamma.dtype.type(self.eps))).astype(gamma.dtype)
+        scale = gamma * inverse
+        y = self.kernel()(np.ascontiguousarray(x), scale, beta - mean * scale, self.relu)
+        return y, (x, gamma, mean, inverse, y if self.relu else None)
+
+    def backward(
+        self, grad: Array, saved: Saved, needs: tuple[bool, ...] = (True,) * 5
+    ) -> tuple[Array | None, ...]:
+        x, gamma, mean, inverse, y = saved
+        g = np.ascontiguousarray(grad) if y is None else relu_grad(np.ascontiguousarray(grad), y)
+        axes, scale = tuple(range(g.ndim - 1)), gamma * inverse
+        total = g.sum(axis=axes, dtype=g.dtype)
+        deviation = None
+        if needs[1] or needs[4]:
+            deviation = (g * (x - mean)).sum(axis=axes, dtype=g.dtype) * inverse
+        return (
+            g * scale if needs[0] else None,
+            deviation if needs[1] else None,
+            total if needs[2] else None,
+            -total * scale if needs[3] else None,
+            -0.5 * deviation * scale * inverse if needs[4] and deviation is not None else None,
+        )
+
+
+@dataclass(frozen=True)
 class ScaleShift(Op):
     """y = x scale + shift, one factor and one summand a channel; rectified if `relu`.
 
-    x (..., C), scale and shift (C,). Batch normalisation in use is this.
+    x (..., C), scale and shift (C,).
     """
 
     relu: bool = False
 
     channels = "same"
-    variants = {
-        "numba": kernels.scale_shift,
-        "reference": lambda x, scale, shift, relu: (
-            reference.relu(x * scale + shift) if relu else x * scale + shift
-        ),
-    }
+    variants = _SCALE_SHIFT
     samples = staticmethod(
         lambda: [
             Sample(ScaleShift(), ((6, 3), (3,), (3,))),
@@ -111,13 +161,12 @@ def batchnorm_eval(
     eps: float = 1e-5,
     relu: bool = False,
 ) -> Tensor:
-    """x (..., C) normalised by a given mean and variance (C,), as batch normalisation in use."""
-    gamma = tensor(gamma)
-    inverse = Tensor(
-        (1 / np.sqrt(variance + gamma.dtype.type(eps))).astype(gamma.dtype), copy=False
-    )
-    scale = mul(gamma, inverse)
-    return scale_shift(x, scale, sub(beta, mul(Tensor(mean), scale)), relu=relu)
+    """x (..., C) normalised by a given mean and variance (C,), as batch normalisation in use.
+
+    The two arrays are not copied: a trace finds the module's buffers in them.
+    """
+    given = (Tensor(mean, copy=False), Tensor(variance, copy=False))
+    return apply(BatchNormEval(eps, relu), tensor(x), tensor(gamma), tensor(beta), *given)
 
 
 def _require(op: Op, x: Array, *vectors: Array) -> None:

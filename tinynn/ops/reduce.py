@@ -9,7 +9,7 @@ import numpy as np
 
 from kernels import reference
 from tinynn.errors import ShapeError
-from tinynn.op import Array, Op, Sample, Saved, Shape
+from tinynn.op import Array, ChannelRule, Op, Sample, Saved, Shape
 from tinynn.ops._common import Axis, Operand, normal_axes, tensor
 from tinynn.ops.elementwise import mul, sub
 from tinynn.tensor import Tensor, apply
@@ -19,14 +19,24 @@ def _kept(shape: Shape, axes: tuple[int, ...]) -> Shape:
     return tuple(1 if i in axes else n for i, n in enumerate(shape))
 
 
+class _Reduction(Op):
+    """An op that folds `axes` away."""
+
+    axes: tuple[int, ...]
+    channels = "end"
+
+    def rule(self, *shapes: Shape) -> ChannelRule | None:
+        """Channels stay what they are unless they themselves are folded away."""
+        return self.channels if len(shapes[0]) - 1 in self.axes else "same"
+
+
 @dataclass(frozen=True)
-class Sum(Op):
+class Sum(_Reduction):
     """The sum over `axes`."""
 
     axes: tuple[int, ...] = (0,)
     keepdims: bool = False
 
-    channels = "end"
     variants = {
         "numpy": lambda x, axes, keepdims: np.asarray(
             x.sum(axis=axes, keepdims=keepdims, dtype=x.dtype)
@@ -47,13 +57,12 @@ class Sum(Op):
 
 
 @dataclass(frozen=True)
-class Max(Op):
+class Max(_Reduction):
     """The maximum over `axes`; tied maxima share the gradient equally."""
 
     axes: tuple[int, ...] = (0,)
     keepdims: bool = False
 
-    channels = "end"
     variants = {
         "numpy": lambda x, axes, keepdims: np.asarray(x.max(axis=axes, keepdims=keepdims)),
         "reference": reference.reduce_max,

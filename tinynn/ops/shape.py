@@ -29,6 +29,7 @@ class Reshape(Op):
 
     shape: Shape = ()
 
+    channels = "spread"
     variants = {"numpy": np.reshape}
     samples = staticmethod(lambda: [Sample(Reshape((4, 3)), ((2, 6),))])
 
@@ -48,6 +49,7 @@ class Transpose(Op):
 
     axes: tuple[int, ...] = ()
 
+    channels = "spread"
     variants = {
         "numpy": lambda x, axes: np.array(x.transpose(axes), order="C"),
         "reference": reference.transpose,
@@ -94,6 +96,7 @@ class Pad(Op):
     widths: tuple[tuple[int, int], ...] = ()
     value: float = 0.0
 
+    channels = "stack"
     variants = {
         "numpy": lambda x, widths, value: np.pad(x, widths, constant_values=value),
         "reference": reference.pad,
@@ -121,6 +124,7 @@ class Index(Op):
 
     keys: tuple[Key, ...] = ()
 
+    channels = "stack"
     variants = {
         "numpy": lambda x, slices: np.array(x[slices], order="C"),
         "reference": reference.take_slice,
