@@ -114,7 +114,11 @@ def masked(model: nn.Module, decisions: list[prune.Decision]) -> nn.Module:
 
 
 def assert_removal_equals_masking(
-    model: nn.Module, seen: Observer, rng: np.random.Generator, share: float = 0.5
+    model: nn.Module,
+    seen: Observer,
+    rng: np.random.Generator,
+    share: float = 0.5,
+    least: int = 1,
 ) -> nn.Module:
     decisions: list[prune.Decision] = []
 
@@ -122,7 +126,7 @@ def assert_removal_equals_masking(
         return scores < share
 
     smaller = prune.channels(
-        model, seen, importance.random(rng), keep, fold="none", least=1, report=decisions.append
+        model, seen, importance.random(rng), keep, fold="none", least=least, report=decisions.append
     )
     x = Tensor(images(seen.graph.input.shape[1:])[0])
     expected = masked(model, decisions)(x).data
@@ -140,7 +144,11 @@ def test_removal_equals_masking_on_random_networks(data: st.DataObject, seed: in
     seen = observe(net, images((SIDE, SIDE, 3)))
     if all(g.fixed for g in seen.graph.groups()):
         return
-    assert_removal_equals_masking(net, seen, rng)
+    least = data.draw(st.integers(0, 1))
+    try:
+        assert_removal_equals_masking(net, seen, rng, least=least)
+    except PruneError as error:
+        assert not least and "keeps at least one" in str(error)
 
 
 BLOCKS: dict[str, Callable[[np.random.Generator], nn.Module]] = {
@@ -208,30 +216,45 @@ def test_the_streams_of_small_cifar_are_groups_of_channels_in_the_same_values() 
         np.testing.assert_array_equal(np.flatnonzero(member.index >= 0), np.arange(16, 48))
 
 
-def test_a_shortcut_knows_what_is_left_of_its_padding() -> None:
+@pytest.mark.parametrize(
+    ("kept", "front", "back"),
+    [
+        ([1, 2, 3, 5, 6, 7, 8], 2, 2),
+        ([0, 1, 2, 4, 5, 6], 3, 0),
+        ([3, 4, 6], 0, 0),  # nothing is padded any more: the op is gone
+    ],
+)
+def test_a_shortcut_knows_what_is_left_of_its_padding(
+    kept: list[int], front: int, back: int
+) -> None:
     rng = np.random.default_rng(0)
     net = randomise(
         nn.Sequential(
             nn.Conv2d(3, 4, 3, rng=rng),
-            nn.Add(nn.Conv2d(4, 10, 3, rng=rng), nn.Shortcut(4, 10)),
+            nn.Add(nn.Conv2d(4, 10, 3, rng=rng), nn.Shortcut(4, 10)),  # 3 + 4 + 3 channels
             nn.GlobalAvgPool2d(),
             nn.Linear(10, 2, rng=rng),
         ),
         rng,
     )
     seen = observe(net, images((SIDE, SIDE, 3)))
-    old = [False, True, True, True, False, True, True, True, True, False]  # 3 + 4 + 3 channels
 
     def score(group: Any, *_: Any) -> np.ndarray:
         where = group.places[seen.graph.nodes[1].output.index]
-        return np.array([old[int(np.flatnonzero(where == i)[0])] for i in range(group.size)], float)
+        mine = [int(np.flatnonzero(where == i)[0]) for i in range(group.size)]
+        return np.isin(mine, kept).astype(float)
 
-    smaller: Any = prune.channels(net, seen, score, select.above(0.5), fold="none")
+    said: list[prune.Decision] = []
+    smaller: Any = prune.channels(
+        net, seen, score, select.above(0.5), fold="none", report=said.append
+    )
     shortcut: Any = dict(smaller.named_modules())["1.1"]
-    assert (shortcut.front, shortcut.back) == (2, 2)
-    assert smaller[0].weight.shape == (3, 3, 3, 3)
+    assert (shortcut.front, shortcut.back) == (front, back)
+    assert smaller[0].weight.shape == (3, 3, 3, len(kept) - front - back)
     before: Any = dict(net.named_modules())["1.1"]
     assert (before.front, before.back) == (3, 3)
+    x = Tensor(images((SIDE, SIDE, 3))[0])
+    np.testing.assert_allclose(smaller(x).data, masked(net, said)(x).data, rtol=1e-4, atol=1e-5)
 
 
 # --- constants --------------------------------------------------------------------------------
@@ -406,8 +429,8 @@ def test_positions_written_into_a_module_are_found_out() -> None:
     seen = observe(model, images((SIDE, SIDE, 3)))
     fine = prune.channels(model, seen, drop(5), select.above(0.5), fold="none")  # behind the slice
     assert fine.size() < model.size()
-    for gone in ((0, 4), (2,), (0,)):
-        with pytest.raises(PruneError, match="positions of its own"):
+    for gone, words in (((0, 4), "positions of its own"), ((2,), "sizes of its own")):
+        with pytest.raises(PruneError, match=words):
             prune.channels(model, seen, drop(*gone), select.above(0.5), fold="none")
 
 
