@@ -12,15 +12,16 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite
 import llvmlite.binding as llvm
 import numba
 import numpy as np
 from numba.core.caching import FunctionCache
+from numba.core.dispatcher import _DispatcherBase
 
 from kernels import simd
 
@@ -122,6 +123,59 @@ def prepared(kernel: str, *arrays: np.ndarray) -> list[np.ndarray]:
         found = ", ".join(str(a.dtype) for a in arrays)
         raise TypeError(f"{kernel}: expected arrays of one dtype, float32 or float64, got {found}")
     return [a if a.flags.carray else np.array(a, order="C") for a in arrays]
+
+
+# --- compiling ahead of use --------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """A kernel and the types of arguments that it was called with but not compiled for."""
+
+    kernel: Any
+    types: tuple[Any, ...]
+
+    @property
+    def parallel(self) -> bool:
+        """Whether it has a parallel loop: these take the longest."""
+        return bool(self.kernel.targetoptions.get("parallel"))
+
+    @property
+    def name(self) -> str:
+        """The same in every process, and different for each request."""
+        function = self.kernel.py_func
+        fixed = [repr(cell.cell_contents) for cell in function.__closure__ or ()]
+        where = f"{function.__module__}.{function.__qualname__}"
+        return f"{where} {fixed} {self.types} {'parallel' if self.parallel else 'serial'}"
+
+    def compile(self) -> None:
+        """Compile, or load what the cache has."""
+        self.kernel.compile(self.types)
+
+
+@contextlib.contextmanager
+def planning() -> Iterator[list[Request]]:
+    """Note the kernels that are called inside and would be compiled, instead of running them.
+
+    Their results stay as they were allocated, and a sum that a kernel returns is 1: run what
+    depends on shapes, not on values. What this process has compiled before is not noted.
+    """
+    requests: dict[Request, None] = {}
+    dispatchers: Any = _DispatcherBase  # Numba's own hook: called where no signature fits
+    compile_and_run = dispatchers._compile_for_args
+
+    def note(dispatcher: Any, *args: Any, **options: Any) -> Any:
+        if not isinstance(getattr(dispatcher, "_cache", None), _Cache):  # not one of ours
+            return compile_and_run(dispatcher, *args, **options)
+        requests.setdefault(Request(dispatcher, tuple(map(dispatcher.typeof_pyval, args))))
+        return lambda *_: 1.0
+
+    noted: list[Request] = []
+    dispatchers._compile_for_args = note
+    try:
+        yield noted
+    finally:
+        dispatchers._compile_for_args = compile_and_run
+        noted += requests
 
 
 # --- cache -------------------------------------------------------------------------------------
@@ -234,6 +288,11 @@ class _Cache(FunctionCache):
 
 
 _directory = _cache_directory()
+
+
+def cache_directory() -> Path | None:
+    """Where this process keeps compiled kernels; None where it can write nowhere."""
+    return _directory
 
 
 def _enable_cache(dispatcher: Any, kind: str) -> None:

@@ -27,7 +27,9 @@ LAYERS = [
     ["tinynn.observe", "tinynn.checkpoint"],
     ["tinynn.train", "tinynn.models"],
     ["tinynn.compress"],
+    ["tinynn.warmup"],
     ["tinynn"],
+    ["tinynn.__main__"],
     ["experiments", "bench"],
 ]
 
