@@ -22,7 +22,7 @@ taps that only some of them have run in those rows of the tile only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -43,24 +43,24 @@ _CHUNK_PIXELS = 1024  # of a sum over pixels, at least
 
 
 def _tiles(mr: int, nr: int) -> Any:
-    def tiles(X, P, bias, low, Y, rows, columns, first, cols, block, groups):
-        # Y[b, y, x + i xs, first + n] = max(bias[first + n] + sum_{t, s, k}
-        #     X[b, up + t dy, left + i sx + s dx, k] P[n // W, t, s, k, n % W], low)
-        # for each (y, up, t_lo, t_hi) in rows.table, t_lo <= t < t_hi, and each tile of mr pixels
-        # i in columns.table: see `_Axis.table`;  0 <= n < cols, W = nr L or L / 2
-        # X (B, H, V, C), Y (B, OH, OW, N), P (panels, TY TX C, W), bias (N,)
+    def tiles(X, P, bias, low, Y, R, T, dy, dx, xs, ys, first, cols, block, bands, groups):
+        # Y[b, y, x, first + n] = max(bias[first + n] + sum_{t, s, k}
+        #     X[b, up + t dy, left + s dx, k] P[n // W, t, s, k, n % W], low)
+        # for each (y, up, t_lo, t_hi) in R, t_lo <= t < t_hi, and each tile (x, left) in T: see
+        # `_table`;  0 <= n < cols, W = nr L or L / 2
+        # X (B, H, V, C), Y (B, OH, OW, N), P (panels, TY, TX, C, W), bias (N,)
+        # Neighbouring pixels of a tile lie xs elements of X and ys of Y apart.
         B, height, width, C = X.shape
         OH, OW, N = Y.shape[1:]
-        R, _, TY, _, dy = rows
-        T, xs, TX, sx, dx = columns
+        TY, TX = P.shape[1:3]
         W = nr * simd.lanes(Y) if nr else simd.lanes(Y) // 2
         panels = (cols + W - 1) // W
-        for task in prange((B + block - 1) // block * groups):
-            r, g = task // groups, task % groups
+        for task in prange((B + block - 1) // block * bands * groups):
+            r, band, g = task // groups // bands, task // groups % bands, task % groups
             for p in range(panels * g // groups, panels * (g + 1) // groups):
                 n, part = first + p * W, min(W, cols - p * W)
                 for b in range(r * block, min(B, (r + 1) * block)):
-                    for u in range(len(R)):
+                    for u in range(len(R) * band // bands, len(R) * (band + 1) // bands):
                         y, up, t_lo, t_hi = R[u, 0], R[u, 1], R[u, 3], R[u, 4]
                         for m in range(len(T)):
                             left, done, hi = T[m, 1], T[m, 2], T[m, 7]
@@ -74,7 +74,7 @@ def _tiles(mr: int, nr: int) -> Any:
                                     ip = ((p * TY + t) * TX + f_lo + run) * C * W
                                     for _ in range(length):
                                         simd.rolled()
-                                        acc = simd.rank1(acc, X, ix, sx * C, P, ip)
+                                        acc = simd.rank1(acc, X, ix, xs, P, ip)
                                         ix += 1
                                         ip += W
                             for s in range(T[m, 3], T[m, 4]):
@@ -86,22 +86,58 @@ def _tiles(mr: int, nr: int) -> Any:
                                     ip = ((p * TY + t) * TX + s) * C * W
                                     for _ in range(C):
                                         simd.rolled()
-                                        acc = simd.rank1_rows(
-                                            acc, X, ix, sx * C, P, ip, row_lo, row_hi
-                                        )
+                                        acc = simd.rank1_rows(acc, X, ix, xs, P, ip, row_lo, row_hi)
                                         ix += 1
                                         ip += W
                             iy = ((b * OH + y) * OW + T[m, 0]) * N + n
                             if done == 0 and hi == mr and part == W:
                                 acc = simd.add(acc, simd.load(1, nr, bias, n, 0))
                                 acc = simd.maximum(acc, simd.fill(1, nr, Y, low))
-                                simd.store(acc, Y, iy, xs * N)
+                                simd.store(acc, Y, iy, ys)
                             else:
                                 acc = simd.add(acc, simd.load_part(1, nr, bias, n, 0, 0, 1, part))
                                 acc = simd.maximum(acc, simd.fill(1, nr, Y, low))
-                                simd.store_part(acc, Y, iy, xs * N, done, hi, part)
+                                simd.store_part(acc, Y, iy, ys, done, hi, part)
 
     return tiles
+
+
+def _pack_taps(L: int, turned: bool) -> Any:
+    def pack(w, ky, kx, first, cols, P):
+        # P[p, t, s, k, j] = w[ky[t], kx[s], k, first + p W + j], turned w[..., first + p W + j, k];
+        # 0 where p W + j >= cols;  w (KH, KW, C, N), turned (KH, KW, N, C)
+        # P (panels, TY, TX, C, W)
+        panels, TY, TX, C, W = P.shape
+        KW, rows, columns = w.shape[1:]
+        for work in prange(panels * TY):
+            p, t = work // TY, work % TY
+            for s in range(TX):
+                at = (ky[t] * KW + kx[s]) * rows * columns
+                to = (work * TX + s) * C * W
+                if turned:
+                    for j in range(0, W, L):
+                        n = p * W + j
+                        for k in range(0, C, L):
+                            i, o = at + (first + n) * C + k, to + k * W + j
+                            if n + L <= cols and k + L <= C:
+                                simd.store(simd.transpose(simd.load(L, 1, w, i, C)), P, o, W)
+                            else:
+                                block = simd.load_part(L, 1, w, i, C, 0, cols - n, C - k)
+                                simd.store_part(simd.transpose(block), P, o, W, 0, C - k, W - j)
+                else:
+                    for k in range(C):
+                        for j in range(0, W, L):
+                            n = p * W + j
+                            i, o = at + k * columns + first + n, to + k * W + j
+                            row = simd.load_part(1, 1, w, i, 0, 0, 1, cols - n)
+                            simd.store_part(row, P, o, 0, 0, 1, W - j)
+
+    return pack
+
+
+@cache
+def _taps_kernel(lanes: int, turned: bool) -> Variants:
+    return Variants(_pack_taps(lanes, turned))
 
 
 @cache
@@ -147,39 +183,111 @@ def _table(axis: _Axis, size: int, height: int) -> np.ndarray:
     return np.array(rows, np.int64)
 
 
+class _Call(NamedTuple):
+    """One call of a tile kernel: some channels of some pixels."""
+
+    part: _Part
+    kernel: Variants
+    pack: Variants
+    macs: int
+    taps: tuple[np.ndarray, np.ndarray]  # of the weights, along rows and columns
+    tables: tuple[np.ndarray, np.ndarray]
+    steps: tuple[int, ...]  # dy, dx, xs, ys
+    block: int
+    bands: int
+    groups: int
+
+
+@lru_cache(1024)
+def _calls(
+    shape: tuple[int, ...], result: tuple[int, ...], win: Window, forward: bool, turned: bool,
+    lanes: int,
+) -> tuple[_Call, ...]:  # fmt: skip
+    """How images of this shape become the result: by the convolution, or by its transpose."""
+    B, height, width, C = shape
+    OH, OW, N = result[1:]
+    calls = []
+    for rows, ky in _phases(OH, win, 0, forward):
+        for columns, kx in _phases(OW, win, 1, forward):
+            depth = len(ky) * len(kx) * C
+            macs = B * rows.length * columns.length * depth
+            cost = _tile_cost(columns, width)
+            for part in _cuts(N, lanes, _MOST, cost)[1]:
+                tables = _table(rows, height, 1), _table(columns, width, part.mr)
+                steps = (rows.gap, columns.gap, columns.stride * C, columns.step * N)
+                fit = _BLOCK_BYTES // (4 * (height * width * C + OH * OW * min(N, part.width)))
+                block = max(1, min(fit, B // _TASKS))
+                blocks = -(-B // block)
+                bands = max(1, min(rows.length, _TASKS // blocks))
+                groups = max(1, min(part.panels, _TASKS // (blocks * bands)))
+                calls.append(
+                    _Call(
+                        part,
+                        _tile_kernel(part.mr, part.nr),
+                        _taps_kernel(lanes, turned),
+                        macs * part.cols,
+                        (np.array(ky, np.int64), np.array(kx, np.int64)),
+                        tables,
+                        steps,
+                        block,
+                        bands,
+                        groups,
+                    )
+                )
+    return tuple(calls)
+
+
+def _tile_cost(axis: _Axis, size: int) -> Callable[[int, float], float]:
+    """What all tiles of h pixels and some vectors cost on an axis, in vector operations a channel.
+
+    A step takes a multiply-add for each row and vector, and what surrounds it; one that passes over
+    some rows takes a branch for each.
+    """
+
+    def cost(height: int, vectors: float) -> float:
+        total, around = 0.0, 1 + vectors / 2
+        for row in _table(axis, size, height):
+            full = row[6] - row[5]
+            valid = sum(row[9 + 2 * s] - row[8 + 2 * s] for s in range(row[3], row[4]))
+            partial = row[4] - row[3] - full
+            total += full * (max(height * vectors, 5) + around)
+            total += partial * (height + around) + (valid - full * height) * vectors
+        return total + 0.01 * height
+
+    return cost
+
+
 def _convolve(
     x: np.ndarray,
     w: np.ndarray,
     bias: np.ndarray | None,
     low: float,
     y: np.ndarray,
-    axes: tuple[_Axis, _Axis],
+    win: Window,
+    forward: bool,
+    turned: bool,
 ) -> None:
-    """Fills the pixels of y that the axes name. w (TY, TX, C, N), C-contiguous."""
-    rows, columns = axes
-    n, depth = w.shape[3], math.prod(w.shape[:3])
-    added = np.zeros(n, x.dtype) if bias is None else bias
-    macs = len(x) * rows.length * columns.length * w.size
-    block = max(1, min(len(x), _BLOCK_BYTES * len(x) // max(1, x.nbytes)))
-    for part in _cuts(columns.length, n, simd.LANES * 4 // x.itemsize, _MOST)[1]:
-        panel = _aligned((part.panels, depth, part.width), x.dtype)
-        if panel.size:
-            flat = w.reshape(depth, n)
-            _pack_kernel(0).choose(2 * panel.nbytes)(flat, part.first, part.cols, panel)
-        share = max(1, min(block, len(x) // _TASKS))
-        groups = max(1, min(part.panels, _TASKS // -(-len(x) // share)))
-        _tile_kernel(part.mr, part.nr).choose(macs * part.cols // n)(
+    """Fills y. w (KH, KW, C, N) for x (B, H, W, C), or turned: (KH, KW, N, C); C-contiguous."""
+    added = np.zeros(y.shape[3], x.dtype) if bias is None else bias
+    least, C = x.dtype.type(low), x.shape[3]
+    lanes = simd.LANES * 4 // x.itemsize
+    for call in _calls(x.shape, y.shape, win, forward, turned, lanes):
+        part, (ky, kx) = call.part, call.taps
+        panel = _aligned((part.panels, len(ky), len(kx), C, part.width), x.dtype)
+        call.pack.choose(2 * panel.nbytes)(w, ky, kx, part.first, part.cols, panel)
+        call.kernel.choose(call.macs)(
             x,
             panel,
             added,
-            x.dtype.type(low),
+            least,
             y,
-            (_table(rows, x.shape[1], 1), *rows[2:6]),
-            (_table(columns, x.shape[2], part.mr), *columns[2:6]),
+            *call.tables,
+            *call.steps,
             part.first,
             part.cols,
-            share,
-            groups,
+            call.block,
+            call.bands,
+            call.groups,
         )
 
 
@@ -197,26 +305,24 @@ class _Part(NamedTuple):
 _REGISTERS = simd.TILE[0] * simd.TILE[1]  # for sums
 
 
-_HEIGHTS = (16, 14, 12, 9, 8, 7, 6, 4, 3, 2, 1)
+_HEIGHTS = (16, 15, 14, 12, 9, 8, 7, 6, 4, 3, 2, 1)
 #: For tiles of one vector, of several: above these, LLVM keeps some of the sums in memory.
 _MOST = (16, 8)
 
 
-@lru_cache(4096)
 def _cuts(
-    rows: int, channels: int, lanes: int, most: tuple[int, int], overhead: float = 1.0
+    channels: int, lanes: int, most: tuple[int, int], tiles: Callable[[int, float], float]
 ) -> tuple[float, tuple[_Part, ...]]:
-    """Tiles over rows x channels that do the least superfluous work, and that in steps.
+    """The tiles over all channels that cost least, and how much that is.
 
-    `most`: rows of a tile of one vector, of several; `overhead`: of a step, in vector operations.
+    `most`: rows of a tile of one vector, of several; tiles(h, vectors): what the tiles of h rows
+    and so many vectors cost together.
     """
 
     def height(nr: int) -> tuple[float, int]:
         """Cost of one panel a step, and the tile's height."""
-        each = nr or 0.5
         limit = min(most[nr > 1], _REGISTERS // max(1, nr))
-        heights = [h for h in _HEIGHTS if h <= limit]
-        return min((-(-rows // h) * (max(h * each, 5) + overhead), -h) for h in heights)
+        return min((tiles(h, nr or 0.5), -h) for h in _HEIGHTS if h <= limit)
 
     halves = simd.LANES >= 8
     best: tuple[float, list[tuple[int, int, int]]] = (math.inf, [])
@@ -316,6 +422,11 @@ def _weight_tiles(mr: int, nr: int) -> Any:
     return weight_tiles
 
 
+def _row_cost(rows: int, overhead: float) -> Callable[[int, float], float]:
+    """What tiles of h rows and some vectors cost a pixel, in vector operations."""
+    return lambda h, vectors: -(-rows // h) * (max(h * vectors, 5) + overhead)
+
+
 @cache
 def _weight_kernel(mr: int, nr: int) -> Variants:
     return Variants(_weight_tiles(mr, nr))
@@ -339,16 +450,11 @@ def conv2d(
             f"got {x.shape} and {w.shape}"
         )
     x, w, bias = _operands("conv2d", x, w, bias, w.shape[3])
-    size = win.output(*x.shape[1:3])
     if _is_pointwise(win):
         flat = pointwise.linear(x.reshape(-1, x.shape[3]), w[0, 0], bias, relu)
         return flat.reshape(*x.shape[:3], w.shape[3])
-    y = memory.empty((len(x), *size, w.shape[3]), x.dtype)
-    rows, columns = (
-        _Axis(size[a], 0, 1, win.kernel[a], win.stride[a], win.dilation[a], win.padding[a][0])
-        for a in (0, 1)
-    )
-    _convolve(x, w, bias, 0.0 if relu else -np.inf, y, (rows, columns))
+    y = memory.empty((len(x), *win.output(*x.shape[1:3]), w.shape[3]), x.dtype)
+    _convolve(x, w, bias, 0.0 if relu else -np.inf, y, win, True, False)
     return y
 
 
@@ -389,11 +495,7 @@ def transposed(
             return pointwise.matmul_nt(flat, w[0, 0]).reshape(shape)
         return pointwise.linear(flat, turned[0, 0], bias, relu).reshape(shape)
     gx = memory.empty(shape, grad.dtype)
-    low = 0.0 if relu else -np.inf
-    for rows, ky in _phases(shape[1], win, 0):
-        for columns, kx in _phases(shape[2], win, 1):
-            taps = np.ascontiguousarray(turned[ky][:, kx])
-            _convolve(grad, taps, bias, low, gx, (rows, columns))
+    _convolve(grad, w, bias, 0.0 if relu else -np.inf, gx, win, False, True)
     return gx
 
 
@@ -413,17 +515,10 @@ def conv2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.ndarr
     if _is_pointwise(win):
         return pointwise.matmul_tn(x.reshape(-1, C), grad.reshape(-1, N)).reshape(1, 1, C, N)
     KH, KW = win.kernel
-    lanes = simd.LANES * 4 // x.itemsize
-    span = 1
-    cost, parts = _cuts(C, N, lanes, (min(C, 16), C), 1 + 8 / OW)
-    if win.dilation[1] == 1 and KW > 1 and C < 16:  # the taps along x as rows of one
-        wide, joined = _cuts(KW * C, N, lanes, (min(KW * C, 16), KW * C), 1 + 8 / OW)
-        if wide * (1 + (KW - 1) / OW) < KW * cost:  # pixels near the border cost twice
-            span, parts = KW, joined
-    chunks = max(1, min(B, _TASKS, B * OH * OW // _CHUNK_PIXELS))
+    span, chunks, calls = _weight_calls(x.shape, N, win, simd.LANES * 4 // x.itemsize)
     sums = memory.empty((chunks, KH, KW // span, span * C, N), x.dtype)
     rows, columns = ((win.stride[a], win.dilation[a], win.padding[a][0]) for a in (0, 1))
-    for part in parts:
+    for part, kernel, block, groups in calls:
         source, origin, step, ld = grad, part.first, part.width, N
         if part.cols % part.width:
             source = _aligned((part.panels, B * OH * OW, part.width), x.dtype)
@@ -432,9 +527,7 @@ def conv2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.ndarr
             )
             origin, step, ld = 0, B * OH * OW * part.width, part.width
             source = source.reshape(1, 1, -1, part.width)
-        groups = max(1, min(KH * part.panels, _TASKS // chunks))
-        block = max(1, _BLOCK_BYTES * B // (x.nbytes + grad.nbytes * part.width // N))
-        _weight_kernel(part.mr, part.nr).choose(B * OH * OW * KH * KW * C * part.cols)(
+        kernel.choose(B * OH * OW * KH * KW * C * part.cols)(
             source,
             origin,
             step,
@@ -454,6 +547,31 @@ def conv2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.ndarr
     return total.reshape(KH, KW, C, N)
 
 
+@lru_cache(1024)
+def _weight_calls(
+    shape: tuple[int, ...], channels: int, win: Window, lanes: int
+) -> tuple[int, int, tuple[tuple[_Part, Variants, int, int], ...]]:
+    """Taps that are rows of one tile, chunks of the sum; tiles, kernels, blocks and groups."""
+    B, height, width, C = shape
+    OH, OW = win.output(height, width)
+    KH, KW = win.kernel
+    span = 1
+    cost, parts = _cuts(channels, lanes, (min(C, 16), C), _row_cost(C, 1 + 8 / OW))
+    if win.dilation[1] == 1 and KW > 1 and C < 16:  # the taps along x as rows of one
+        wide, joined = _cuts(
+            channels, lanes, (min(KW * C, 16), KW * C), _row_cost(KW * C, 1 + 8 / OW)
+        )
+        if wide * (1 + (KW - 1) / (2 * OW)) < KW * cost:  # pixels near the border cost more
+            span, parts = KW, joined
+    chunks = max(1, min(B, _TASKS, B * OH * OW // _CHUNK_PIXELS))
+    calls = []
+    for part in parts:
+        groups = max(1, min(KH * part.panels, _TASKS // chunks))
+        block = max(1, _BLOCK_BYTES // (4 * (height * width * C + OH * OW * part.width)))
+        calls.append((part, _weight_kernel(part.mr, part.nr), block, groups))
+    return span, chunks, tuple(calls)
+
+
 def _is_pointwise(win: Window) -> bool:
     return win.kernel == win.stride == (1, 1) and win.padding == ((0, 0), (0, 0))
 
@@ -468,15 +586,19 @@ def _operands(
     return prepared(kernel, x, w, bias)
 
 
-def _phases(size: int, win: Window, axis: int) -> list[tuple[_Axis, list[int]]]:
-    """The pixels of one axis of the image, by which taps read them, and these taps.
+def _phases(size: int, win: Window, axis: int, forward: bool) -> list[tuple[_Axis, list[int]]]:
+    """The pixels of one axis of a result, by the taps that make them, and these taps.
 
-    Pixel i is read by tap k of window o where o s = i + p - k d. In phase f, i = f + u s, and the
-    taps are k0, k0 + q, ... with q = s / gcd(s, d); tap k0 + t q reads it in window
+    Of the convolution: pixel i is made by all taps k, at i s + k d - p.
+
+    Of its transpose: pixel i is made by tap k from pixel o where o s = i + p - k d. In phase f,
+    i = f + u s, and the taps are k0, k0 + q, ... with q = s / gcd(s, d); tap k0 + t q reads pixel
     u + (f + p - k0 d) / s - t d / gcd(s, d). They are listed from the last to the first.
     """
     s, d, k = win.stride[axis], win.dilation[axis], win.kernel[axis]
     p = win.padding[axis][0]
+    if forward:
+        return [(_Axis(size, 0, 1, k, s, d, p), list(range(k)))]
     gap = d // math.gcd(s, d)
     phases = []
     for f in range(min(s, size)):
