@@ -1,4 +1,4 @@
-"""Windows of byte images, moved, mirrored, with changed contrast and brightness, as floats."""
+"""Byte images as changed floats: moved windows with other contrast, and free distortions."""
 
 # mypy: allow-untyped-defs
 
@@ -118,4 +118,52 @@ def windows(
         raise ValueError(f"windows: rows must be 0 to {len(images) - 1}")
     out = memory.empty((B, *size, C), np.float32)
     _windows(images, rows, tops, lefts, mirror, contrast, brightness, edge, standardize, out)
+    return out
+
+
+@jit
+def _warp(drawings, chosen, matrix, moved, out):
+    # out[b, i, j] = d(r, s) / 255, d: bilinear in drawings[chosen[b]] (S, S), 0 outside,
+    # (r, s) = matrix[b] (i - (h - 1) / 2 - moved[b, 0, i, j], j - ... - moved[b, 1, i, j]) + middle
+    B, h, w = out.shape
+    S = drawings.shape[1]
+    middle = (S - 1) / 2
+    for b in range(B):
+        drawing, m = drawings[chosen[b]], matrix[b]
+        for i in range(h):
+            for j in range(w):
+                y = i - (h - 1) / 2 - moved[b, 0, i, j]
+                x = j - (w - 1) / 2 - moved[b, 1, i, j]
+                r = m[0, 0] * y + m[0, 1] * x + middle
+                s = m[1, 0] * y + m[1, 1] * x + middle
+                value = 0.0
+                if r > -1 and s > -1 and r < S and s < S:
+                    r0, s0 = math.floor(r), math.floor(s)
+                    for k in range(max(r0, 0), min(r0 + 2, S)):
+                        for q in range(max(s0, 0), min(s0 + 2, S)):
+                            value += (1 - abs(r - k)) * (1 - abs(s - q)) * drawing[k, q]
+                out[b, i, j] = value / 255
+
+
+def warp(
+    drawings: np.ndarray, chosen: np.ndarray, matrix: np.ndarray, moved: np.ndarray
+) -> np.ndarray:
+    """Drawings seen through random maps, (B, h, w) float32 from 0 to 1.
+
+    drawings (N, S, S) uint8, chosen (B,) int64, matrix (B, 2, 2) and moved (B, 2, h, w) float64:
+    a pixel, counted from the middle and moved back by `moved`, times `matrix`, is its place in the
+    drawing, counted from the middle; in between it is interpolated, outside it is 0.
+    """
+    B, h, w = len(chosen), *moved.shape[-2:]
+    if drawings.dtype != np.uint8 or drawings.ndim != 3 or len(set(drawings.shape[1:])) != 1:
+        raise ValueError(f"warp: expected (N, S, S) uint8, got {drawings.dtype} {drawings.shape}")
+    if chosen.dtype != np.int64 or (B and not 0 <= chosen.min() <= chosen.max() < len(drawings)):
+        raise ValueError(f"warp: expected int64 from 0 to {len(drawings) - 1} as the chosen")
+    if matrix.shape != (B, 2, 2) or moved.shape != (B, 2, h, w):
+        raise ValueError(
+            f"warp: expected ({B}, 2, 2) and ({B}, 2, h, w), got {matrix.shape}, {moved.shape}"
+        )
+    arrays = [np.ascontiguousarray(a, np.float64) for a in (matrix, moved)]
+    out = memory.empty((B, h, w), np.float32)
+    _warp(np.ascontiguousarray(drawings), np.ascontiguousarray(chosen), *arrays, out)
     return out

@@ -2,10 +2,12 @@
 
 from tinynn.data.augment import Augment
 from tinynn.data.batches import Batches
+from tinynn.data.glyphs import glyphs
 from tinynn.data.images import Dataset, ImageBatches
-from tinynn.data.sets import cifar10, cifar100, fashion_mnist, load, mnist
+from tinynn.data.sets import SETS, cifar10, cifar100, fashion_mnist, load, mnist
 
 __all__ = [
+    "SETS",
     "Augment",
     "Batches",
     "Dataset",
@@ -13,6 +15,7 @@ __all__ = [
     "cifar10",
     "cifar100",
     "fashion_mnist",
+    "glyphs",
     "load",
     "mnist",
 ]

@@ -13,6 +13,7 @@ from kernels._jit import user_cache_dir
 from tinynn.data import cifar
 from tinynn.data.fetch import fetch
 from tinynn.data.files import Reader, fail
+from tinynn.data.glyphs import glyphs
 from tinynn.data.idx import parse_idx
 from tinynn.data.images import Dataset
 from tinynn.data.names import CIFAR10, CIFAR100, DIGITS, FASHION
@@ -83,7 +84,12 @@ def cifar100(data_dir: PathLike | None = None) -> Pair:
     return _cifar("cifar100", (20, 100), CIFAR100, data_dir)
 
 
+def _glyphs(data_dir: PathLike | None) -> Pair:
+    return glyphs()
+
+
 SETS: dict[str, Callable[[PathLike | None], Pair]] = {
+    "glyphs": _glyphs,
     "mnist": mnist,
     "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
@@ -97,8 +103,8 @@ def load(name: str, data_dir: PathLike | None = None) -> Pair:
     Its files are looked for in `data_dir`, then `$TINYNN_DATA`, then the user's cache directory, as
     published: MNIST's four IDX files (.gz or not, in a folder `mnist`, `fashion-mnist` or directly
     there), CIFAR's binary or Python version (the .tar.gz or the folder in it). What is nowhere is
-    downloaded into the cache directory. Raises DataNotFoundError if that fails, too,
-    FileFormatError for damaged files.
+    downloaded into the cache directory; `glyphs` are drawn and need no file. Raises
+    DataNotFoundError if a download fails, FileFormatError for damaged files.
     """
     if name not in SETS:
         raise ConfigError(f"data.load: required one of {sorted(SETS)}; came {name!r}")
