@@ -1,4 +1,4 @@
-"""Per-channel statistics of an activation in one pass over it."""
+"""Per-channel sums and statistics of an activation in one pass over it."""
 
 # mypy: allow-untyped-defs
 
@@ -10,6 +10,8 @@ from numba import prange
 from kernels._jit import Variants, prepared
 
 _CHUNK = 128  # channels at a time: their sums stay in the first-level cache
+_WIDTH = 1024  # elements summed side by side at least: several rows, where channels are few
+_ROWS = 64  # of that width, which one task sums in the array's dtype
 
 
 def _channels_loop(X, count, total, squares, low, high):
@@ -52,3 +54,34 @@ def channels(x: np.ndarray) -> Moments:
     low, high = np.full(columns, np.inf, x.dtype), np.full(columns, -np.inf, x.dtype)
     _channels.choose(x.nbytes)(x, count, total, squares, low, high)
     return count, x[0] + total / rows, squares - total * total / rows, low, high
+
+
+def _sums_loop(X, F, parts, total):
+    # total[c] = sum_m X[m C + c], by parts[t, i] = sum_r X[r F + i], t _ROWS <= r < (t + 1) _ROWS
+    # X flat, parts (tasks, F), F % C == 0, total (C,) float64, 0 before
+    for t in prange(len(parts)):
+        part = parts[t]
+        part[:] = 0
+        for r in range(t * _ROWS, min((t + 1) * _ROWS, (X.size + F - 1) // F)):
+            x = X[r * F : (r + 1) * F]
+            for i in range(x.size):
+                part[i] += x[i]
+    for t in range(len(parts)):
+        for first in range(0, F, total.size):
+            part = parts[t, first : first + total.size]
+            for c in range(total.size):
+                total[c] += part[c]
+
+
+_sums = Variants(_sums_loop)
+
+
+def sums(x: np.ndarray) -> np.ndarray:
+    """sum_m x[m, c]: x (..., C) -> (C,), in the dtype of x; its parts are added up in float64."""
+    (x,) = prepared("sums", x)
+    total = np.zeros(x.shape[-1])
+    if x.size:
+        width = max(1, _WIDTH // total.size) * total.size
+        parts = np.empty((-(-x.size // (width * _ROWS)), width), x.dtype)
+        _sums.choose(x.nbytes)(x.reshape(-1), width, parts, total)
+    return total.astype(x.dtype)

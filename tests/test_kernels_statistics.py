@@ -48,3 +48,40 @@ def test_bad_shapes_are_refused() -> None:
     for shape in ((3,), (0, 3), (2, 2, 2)):
         with pytest.raises(ValueError, match="channels"):
             statistics.channels(np.ones(shape))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (5,), (7, 3), (0, 4), (300_001, 1), (90_001, 3), (40, 30, 31), (20, 5000)]
+)
+def test_sums_by_channel(shape, dtype):
+    x = np.random.default_rng(0).standard_normal(shape).astype(dtype) + dtype(1)
+    rows = x.reshape(-1, shape[-1]) if x.size else x
+    got = statistics.sums(x)
+    expected = rows.sum(0, dtype=np.float64)
+    assert got.dtype == dtype and got.shape == shape[-1:]
+    scale = np.abs(rows).sum(0, dtype=np.float64)
+    tolerance = 64 * np.finfo(dtype).eps * scale + 1e-30
+    assert (np.abs(got - expected) <= tolerance).all()
+
+
+def test_sums_take_any_layout_and_let_nan_and_infinity_through():
+    x = np.ones((5000, 6), np.float32)
+    x[4321, 2], x[17, 4] = np.nan, np.inf
+    expected = [5000, 5000, np.nan, 5000, np.inf, 5000]
+    np.testing.assert_array_equal(statistics.sums(x), expected)
+    np.testing.assert_array_equal(statistics.sums(np.asfortranarray(x)), expected)
+
+
+@pytest.mark.skipif(max_threads() < 2, reason="needs NUMBA_NUM_THREADS >= 2")
+def test_threads_do_not_change_a_bit_of_sums():
+    x = np.random.default_rng(0).standard_normal((70001, 7)).astype(np.float32)
+    before = get_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            set_threads(threads)
+            results.append(statistics.sums(x).tobytes())
+    finally:
+        set_threads(before)
+    assert results[0] == results[1]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kernels.elementwise import add
 from tinynn.errors import DTypeError, GraphError, ShapeError, StaleArrayError
 from tinynn.op import Array, Op, Saved, Shape, check_dtypes
 
@@ -204,16 +205,15 @@ class Tensor:
                 continue
             for operand, g in zip(node.inputs, node.gradients(upstream), strict=True):
                 if g is not None and operand.requires_grad:
-                    g = np.asarray(g)  # arithmetic on arrays without axes gives scalars
                     so_far = pending.get(id(operand))
-                    pending[id(operand)] = g if so_far is None else np.asarray(so_far + g)
+                    pending[id(operand)] = np.asarray(g) if so_far is None else add(so_far, g)
             if not retain:
                 node.saved = None
 
     def _accumulate(self, grad: Array) -> None:
         if grad.shape != self.shape:
             raise ShapeError(f"gradient of shape {grad.shape} reached a leaf of {self.shape}")
-        self._grad = grad if self._grad is None else np.asarray(self._grad + grad)
+        self._grad = grad if self._grad is None else add(self._grad, grad)
 
     __add__, __radd__ = _method("add"), _method("add", swap=True)
     __sub__, __rsub__ = _method("sub"), _method("sub", swap=True)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kernels.statistics import sums
 from tinynn.errors import DTypeError, ShapeError
 from tinynn.op import Array, Shape
 from tinynn.tensor import Tensor
@@ -74,6 +75,8 @@ def unbroadcast(grad: Array, shape: Shape) -> Array:
     if grad.shape == shape:
         return grad
     lead = grad.ndim - len(shape)
+    if len(shape) == 1 and shape == grad.shape[-1:]:
+        return sums(grad)
     stretched = tuple(i + lead for i, n in enumerate(shape) if n == 1 and grad.shape[i + lead] != 1)
     axes = tuple(range(lead)) + stretched
     return np.asarray(grad.sum(axis=axes, dtype=grad.dtype)).reshape(shape)

@@ -12,6 +12,7 @@ import numpy as np
 from kernels import conv, deconv, depthwise, reference
 from kernels.elementwise import relu_grad
 from kernels.geometry import Padding, Pair, Window, window
+from kernels.statistics import sums
 from tinynn.errors import ConfigError
 from tinynn.op import Array, Op, Sample, Saved, Shape
 from tinynn.ops._common import Operand, tensor
@@ -74,7 +75,7 @@ class _Windowed(Op):
         grads = (
             type(self).input_grad(grad, w, x.shape, win) if needs[0] else None,
             type(self).weight_grad(grad, x, win) if needs[1] else None,
-            _bias_grad(grad) if len(needs) > 2 and needs[2] else None,
+            sums(grad) if len(needs) > 2 and needs[2] else None,
         )
         return grads[: len(needs)]
 
@@ -199,7 +200,7 @@ class ConvTranspose2d(Op):
         grads = (
             deconv.conv2d_transpose_input_grad(grad, w, win) if needs[0] else None,
             deconv.conv2d_transpose_weight_grad(grad, x, win) if needs[1] else None,
-            _bias_grad(grad) if len(needs) > 2 and needs[2] else None,
+            sums(grad) if len(needs) > 2 and needs[2] else None,
         )
         return grads[: len(needs)]
 
@@ -226,10 +227,6 @@ def _biased(y: Array, bias: Array | None) -> Array:
 def _rectified(grad: Array, y: Array | None) -> Array:
     """The gradient before the ReLU that was applied in the same pass, if any."""
     return np.ascontiguousarray(grad) if y is None else relu_grad(np.ascontiguousarray(grad), y)
-
-
-def _bias_grad(grad: Array) -> Array:
-    return grad.reshape(-1, grad.shape[-1]).sum(axis=0, dtype=grad.dtype)
 
 
 def pair(op: str, name: str, value: int | Pair) -> Pair:

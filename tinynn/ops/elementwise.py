@@ -39,7 +39,7 @@ _BROADCASTS = (((3, 4), (3, 4)), ((2, 3, 4), (4,)), ((3, 1), (1, 4)), ((), (2, 2
 class Add(_Binary):
     """a + b."""
 
-    variants = {"numpy": np.add, "reference": partial(reference.elementwise, operator.add)}
+    variants = {"numba": elementwise.add, "reference": partial(reference.elementwise, operator.add)}
     samples = staticmethod(lambda: [Sample(Add(), shapes) for shapes in _BROADCASTS])
 
     def _keep(self, a: Array, b: Array) -> Saved:
@@ -53,7 +53,7 @@ class Add(_Binary):
 class Sub(_Binary):
     """a - b."""
 
-    variants = {"numpy": np.subtract, "reference": partial(reference.elementwise, operator.sub)}
+    variants = {"numba": elementwise.sub, "reference": partial(reference.elementwise, operator.sub)}
     samples = staticmethod(lambda: [Sample(Sub(), shapes) for shapes in _BROADCASTS])
 
     def _keep(self, a: Array, b: Array) -> Saved:
@@ -67,7 +67,7 @@ class Sub(_Binary):
 class Mul(_Binary):
     """a * b."""
 
-    variants = {"numpy": np.multiply, "reference": partial(reference.elementwise, operator.mul)}
+    variants = {"numba": elementwise.mul, "reference": partial(reference.elementwise, operator.mul)}
     samples = staticmethod(lambda: [Sample(Mul(), shapes) for shapes in _BROADCASTS])
 
     def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
@@ -79,7 +79,10 @@ class Mul(_Binary):
 class Div(_Binary):
     """a / b."""
 
-    variants = {"numpy": np.divide, "reference": partial(reference.elementwise, operator.truediv)}
+    variants = {
+        "numba": elementwise.div,
+        "reference": partial(reference.elementwise, operator.truediv),
+    }
     samples = staticmethod(lambda: [Sample(Div(), shapes, low=0.5) for shapes in _BROADCASTS])
 
     def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernels import reference
+from kernels import memory, reference
+from kernels.elementwise import frame
 from tinynn.errors import DTypeError, ShapeError
 from tinynn.op import Array, Op, Sample, Saved, Shape
 from tinynn.ops._common import Operand, integers, normal_axes, tensor
@@ -63,6 +64,12 @@ class Transpose(Op):
         return (np.array(grad.transpose(np.argsort(self.axes)), order="C"),)
 
 
+def _side_by_side(arrays: Sequence[Array], axis: int) -> Array:
+    first = arrays[0].shape
+    shape = (*first[:axis], sum(a.shape[axis] for a in arrays), *first[axis + 1 :])
+    return np.concatenate(arrays, axis, out=memory.empty(shape, arrays[0].dtype))
+
+
 @dataclass(frozen=True)
 class Concat(Op):
     """Operands side by side along `axis`."""
@@ -71,7 +78,7 @@ class Concat(Op):
 
     channels = "stack"
     variants = {
-        "numpy": lambda arrays, axis: np.concatenate(arrays, axis),
+        "numpy": _side_by_side,
         "reference": reference.concat,
     }
     samples = staticmethod(lambda: [Sample(Concat(1), ((2, 3), (2, 1), (2, 4)))])
@@ -85,8 +92,12 @@ class Concat(Op):
         return self.kernel()(arrays, self.axis), tuple(a.shape[self.axis] for a in arrays)
 
     def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
-        parts = np.split(grad, np.cumsum(saved)[:-1], axis=self.axis)
-        return tuple(np.ascontiguousarray(p) for p in parts)
+        none = [(0, 0)] * self.axis
+        ends = np.cumsum(saved).tolist()
+        return tuple(
+            frame(grad, [*none, (n - end, end - ends[-1]), *[(0, 0)] * (grad.ndim - self.axis - 1)])
+            for n, end in zip(saved, ends, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,7 @@ class Pad(Op):
 
     channels = "stack"
     variants = {
-        "numpy": lambda x, widths, value: np.pad(x, widths, constant_values=value),
+        "numba": frame,
         "reference": reference.pad,
     }
     samples = staticmethod(lambda: [Sample(Pad(((1, 0), (2, 3)), 0.5), ((2, 3),))])
@@ -111,11 +122,10 @@ class Pad(Op):
             or any(n < 0 for pair in self.widths for n in pair)
         ):
             raise self.reject("one pair of widths >= 0 for each axis", x)
-        return self.kernel()(x, self.widths, self.value), (x.shape,)
+        return self.kernel()(x, self.widths, self.value), ()
 
     def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
-        inner = tuple(slice(b, b + n) for (b, _), n in zip(self.widths, saved[0], strict=True))
-        return (np.ascontiguousarray(grad[inner]),)
+        return (frame(grad, [(-b, -a) for b, a in self.widths]),)
 
 
 @dataclass(frozen=True)
