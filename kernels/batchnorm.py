@@ -128,11 +128,12 @@ def _scaled(X, F, c, chunks, step, V, low, Y):
 
 
 @jit
-def _grad_moments(G, X, Y, gated, F, c, chunks, step, mean, part, total):
-    # total[0, i] = sum_r g[r, i], total[1, i] = sum_r g[r, i] (X[r F + i] - mean[i])
-    # g = G, of it 0 where Y <= 0 if gated;  over the rows of part c
-    # mean (P,), part (2, P) scratch, total (2, P) float64
-    n, W, P = X.size, _NV * simd.lanes(X), mean.size
+def _grad_moments(G, X, gated, F, c, chunks, step, V, part, total):
+    # total[0, i] = sum_r g[r, i], total[1, i] = sum_r g[r, i] d[r, i]
+    # d[r, i] = X[r F + i] - V[0, i]
+    # g = G, of it 0 where V[2, i] + V[1, i] d[r, i] <= 0 if gated: where `_scaled` gave 0
+    # over the rows of part c;  V (5, P), part (2, P) scratch, total (2, P) float64
+    n, W, P = X.size, _NV * simd.lanes(X), V.shape[1]
     lo, hi, whole = _rows(c, chunks, n, F)
     _clear(total)
     _clear(part)
@@ -141,23 +142,26 @@ def _grad_moments(G, X, Y, gated, F, c, chunks, step, mean, part, total):
         for j in range(0, F, W):
             left = F - j
             fast = min(end, whole) if left >= W else first
-            a = simd.load(1, _NV, mean, j, 0)
+            mean = simd.load(1, _NV, V, j, 0)
+            scale = simd.load(1, _NV, V, P + j, 0)
+            shift = simd.load(1, _NV, V, 2 * P + j, 0)
             s, q = simd.load(1, _NV, part, j, 0), simd.load(1, _NV, part, P + j, 0)
             for r in range(first, fast):
                 i = r * F + j
                 g = simd.load(1, _NV, G, i, 0)
+                d = simd.sub(simd.load(1, _NV, X, i, 0), mean)
                 if gated:
-                    g = simd.gate(g, simd.load(1, _NV, Y, i, 0))
+                    g = simd.gate(g, simd.fma(shift, scale, d))
                 s = simd.add(s, g)
-                q = simd.fma(q, g, simd.sub(simd.load(1, _NV, X, i, 0), a))
+                q = simd.fma(q, g, d)
             for r in range(fast, end):
                 i = r * F + j
                 cols = min(left, n - i)
                 g = simd.load_part(1, _NV, G, i, 0, 0, 1, cols)
-                if gated:
-                    g = simd.gate(g, simd.load_part(1, _NV, Y, i, 0, 0, 1, cols))
-                a = simd.load_part(1, _NV, mean, j, 0, 0, 1, cols)
+                a = simd.load_part(1, _NV, V, j, 0, 0, 1, cols)
                 d = simd.sub(simd.load_part(1, _NV, X, i, 0, 0, 1, cols), a)
+                if gated:
+                    g = simd.gate(g, simd.fma(shift, scale, d))
                 s = simd.add(s, g)
                 q = simd.fma(q, g, d)
             simd.store(s, part, j, 0)
@@ -167,9 +171,9 @@ def _grad_moments(G, X, Y, gated, F, c, chunks, step, mean, part, total):
 
 
 @jit
-def _grad_scaled(G, X, Y, gated, F, c, chunks, step, V, D):
-    # D[i] = V[1, i] (g[i] - V[3, i] + V[2, i] (X[i] - V[0, i])), i taken modulo F in V
-    # g as in _grad_moments;  over the rows of part c;  V (4, P)
+def _grad_scaled(G, X, gated, F, c, chunks, step, V, D):
+    # D[i] = V[1, i] (g[i] - V[4, i] + V[3, i] (X[i] - V[0, i])), i taken modulo F in V
+    # g as in _grad_moments;  over the rows of part c;  V (5, P)
     n, W, P = X.size, _NV * simd.lanes(X), V.shape[1]
     lo, hi, whole = _rows(c, chunks, n, F)
     for first in range(lo, hi, step):
@@ -178,26 +182,27 @@ def _grad_scaled(G, X, Y, gated, F, c, chunks, step, V, D):
             left = F - j
             fast = min(end, whole) if left >= W else first
             mean = simd.load(1, _NV, V, j, 0)
-            by_g = simd.load(1, _NV, V, P + j, 0)
-            by_x = simd.load(1, _NV, V, 2 * P + j, 0)
-            back = simd.load(1, _NV, V, 3 * P + j, 0)
+            scale = simd.load(1, _NV, V, P + j, 0)
+            shift = simd.load(1, _NV, V, 2 * P + j, 0)
+            by_x = simd.load(1, _NV, V, 3 * P + j, 0)
+            back = simd.load(1, _NV, V, 4 * P + j, 0)
             for r in range(first, fast):
                 i = r * F + j
                 g = simd.load(1, _NV, G, i, 0)
-                if gated:
-                    g = simd.gate(g, simd.load(1, _NV, Y, i, 0))
                 d = simd.sub(simd.load(1, _NV, X, i, 0), mean)
+                if gated:
+                    g = simd.gate(g, simd.fma(shift, scale, d))
                 d = simd.fma(simd.sub(g, back), by_x, d)
-                simd.store(simd.mul(d, by_g), D, i, 0)
+                simd.store(simd.mul(d, scale), D, i, 0)
             for r in range(fast, end):
                 i = r * F + j
                 cols = min(left, n - i)
                 g = simd.load_part(1, _NV, G, i, 0, 0, 1, cols)
-                if gated:
-                    g = simd.gate(g, simd.load_part(1, _NV, Y, i, 0, 0, 1, cols))
                 d = simd.sub(simd.load_part(1, _NV, X, i, 0, 0, 1, cols), mean)
+                if gated:
+                    g = simd.gate(g, simd.fma(shift, scale, d))
                 d = simd.fma(simd.sub(g, back), by_x, d)
-                simd.store_part(simd.mul(d, by_g), D, i, 0, 0, 1, cols)
+                simd.store_part(simd.mul(d, scale), D, i, 0, 0, 1, cols)
 
 
 # --- between the passes ---------------------------------------------------------------------------
@@ -231,33 +236,39 @@ def _folded(total, F, C, c):
 
 @jit
 def _statistics(total, F, rows, gamma, beta, eps, mean, var, V):
-    # mean, var (C,) from the sums of deviations from V[0], and V (3, P) for `_scaled`:
-    # V[0] = mean, V[1] = gamma / sqrt(var + eps), V[2] = beta
-    C = mean.size
-    for c in range(C):
-        s, q = _folded(total, F, C, c)
+    # mean, var (C,) from the sums of deviations from V[0], and V (3, P) for `_scaled`
+    for c in range(mean.size):
+        s, q = _folded(total, F, mean.size, c)
         s /= rows
         v = q / rows - s * s
-        v = 0.0 if v < 0.0 else v
         mean[c] = V[0, c] + s
-        var[c] = v
-        V[0, c], V[1, c], V[2, c] = mean[c], gamma[c] / math.sqrt(v + eps), beta[c]
+        var[c] = 0.0 if v < 0.0 else v
+    _normal(gamma, beta, mean, var, eps, V)
+
+
+@jit
+def _normal(gamma, beta, mean, var, eps, V):
+    # V[0] = mean, V[1] = gamma / sqrt(var + eps), V[2] = beta: rounded, so that the gradient finds
+    # the very numbers that the forward pass used;  V (>= 3, P)
+    C = gamma.size
+    for c in range(C):
+        V[0, c], V[1, c], V[2, c] = mean[c], gamma[c] / math.sqrt(var[c] + eps), beta[c]
     for k in range(3):
         for i in range(C, V.shape[1]):
             V[k, i] = V[k, i - C]
 
 
 @jit
-def _grad_statistics(total, F, rows, gamma, var, eps, ggamma, gbeta, V):
-    # u = 1 / sqrt(var + eps);  gbeta = sum g, ggamma = u sum g (x - mean), and V (4, P):
-    # V[1] = gamma u, V[2] = -u ggamma / M, V[3] = gbeta / M
-    C = gamma.size
+def _grad_statistics(total, F, rows, var, eps, ggamma, gbeta, V):
+    # u = 1 / sqrt(var + eps);  gbeta = sum g, ggamma = u sum g (x - mean), and V (5, P):
+    # V[3] = -u ggamma / M, V[4] = gbeta / M
+    C = var.size
     for c in range(C):
         s, q = _folded(total, F, C, c)
         u = 1.0 / math.sqrt(var[c] + eps)
         gbeta[c], ggamma[c] = s, u * q
-        V[1, c], V[2, c], V[3, c] = gamma[c] * u, -u * u * q / rows, s / rows
-    for k in range(1, 4):
+        V[3, c], V[4, c] = -u * u * q / rows, s / rows
+    for k in range(3, 5):
         for i in range(C, V.shape[1]):
             V[k, i] = V[k, i - C]
 
@@ -287,17 +298,17 @@ def _forward_loop(X, F, step, gamma, beta, eps, low, Y, mean, var, V, part, tota
 
 
 def _backward_loop(
-    G, X, Y, gated, F, step, gamma, mean, var, eps, D, ggamma, gbeta, V, part, total
+    G, X, gated, F, step, gamma, beta, mean, var, eps, D, ggamma, gbeta, V, part, total
 ):
-    # G, X, Y, D flat (M C,), gamma, mean, var, ggamma, gbeta (C,), V (4, P), part (chunks, 2, P),
-    # total (chunks, 2, P) float64
+    # G, X, D flat (M C,), gamma, beta, mean, var, ggamma, gbeta (C,), V (5, P),
+    # part (chunks, 2, P), total (chunks, 2, P) float64
     C, chunks = gamma.size, total.shape[0]
-    _repeat(mean, V[0])
+    _normal(gamma, beta, mean, var, eps, V)
     for c in prange(chunks):
-        _grad_moments(G, X, Y, gated, F, c, chunks, step, V[0], part[c], total[c])
-    _grad_statistics(total, F, X.size // C, gamma, var, eps, ggamma, gbeta, V)
+        _grad_moments(G, X, gated, F, c, chunks, step, V, part[c], total[c])
+    _grad_statistics(total, F, X.size // C, var, eps, ggamma, gbeta, V)
     for c in prange(chunks):
-        _grad_scaled(G, X, Y, gated, F, chunks - 1 - c, chunks, step, V, D)
+        _grad_scaled(G, X, gated, F, chunks - 1 - c, chunks, step, V, D)
 
 
 def _scale_shift_loop(X, F, step, scale, shift, low, Y, V, chunks):
@@ -382,7 +393,7 @@ def batchnorm(
 def batchnorm_grad(
     grad: np.ndarray,
     x: np.ndarray,
-    y: np.ndarray | None,
+    beta: np.ndarray | None,
     gamma: np.ndarray,
     mean: np.ndarray,
     var: np.ndarray,
@@ -390,38 +401,33 @@ def batchnorm_grad(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients of `batchnorm` by x (M, C), gamma (C,) and beta (C,).
 
-    grad (M, C); mean, var (C,) as `batchnorm` gave them; y (M, C), its result, if it was
-    rectified: the gradient passes where not y <= 0, so that NaN in y does not silence it.
+    grad (M, C); mean, var (C,) as `batchnorm` gave them; beta (C,), if the result was rectified:
+    the gradient passes where the result, computed again, is not <= 0: NaN in it does not stop it.
     """
-    _check("batchnorm_grad", x, gamma, mean, var)
-    if grad.shape != x.shape or (y is not None and y.shape != x.shape):
-        found = None if y is None else y.shape
-        raise ValueError(
-            f"batchnorm_grad: expected grad and y of x's shape {x.shape}, "
-            f"got {grad.shape} and {found}"
-        )
-    gated = y is not None
-    grad, x, y, gamma, mean, var = prepared(
-        "batchnorm_grad", grad, x, grad if y is None else y, gamma, mean, var
-    )
+    gated = beta is not None
+    beta = gamma if beta is None else beta
+    _check("batchnorm_grad", x, gamma, beta, mean, var)
+    if grad.shape != x.shape:
+        raise ValueError(f"batchnorm_grad: expected grad of x's shape {x.shape}, got {grad.shape}")
+    grad, x, gamma, beta, mean, var = prepared("batchnorm_grad", grad, x, gamma, beta, mean, var)
     gx = memory.empty(x.shape, x.dtype)
     ggamma, gbeta = np.empty_like(gamma), np.empty_like(gamma)
     plan = _plan(*x.shape, x.itemsize)
     _backward.choose(5 * x.nbytes)(
         grad.reshape(-1),
         x.reshape(-1),
-        y.reshape(-1),
         gated,
         plan.width,
         plan.step,
         gamma,
+        beta,
         mean,
         var,
         float(eps),
         gx.reshape(-1),
         ggamma,
         gbeta,
-        np.empty((4, plan.padded), x.dtype),
+        np.empty((5, plan.padded), x.dtype),
         np.empty((plan.chunks, 2, plan.padded), x.dtype),
         np.empty((plan.chunks, 2, plan.padded)),
     )

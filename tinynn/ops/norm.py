@@ -50,12 +50,12 @@ class BatchNorm(Op):
         _require(self, x, gamma, beta)
         rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
         y, mean, var = self.kernel()(rows, gamma, beta, self.eps, self.relu)
-        return y.reshape(x.shape), (rows, y if self.relu else None, gamma, mean, var)
+        return y.reshape(x.shape), (rows, beta if self.relu else None, gamma, mean, var)
 
     def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
-        rows, y, gamma, mean, var = saved
+        rows, beta, gamma, mean, var = saved
         flat = np.ascontiguousarray(grad).reshape(rows.shape)
-        gx, ggamma, gbeta = kernels.batchnorm_grad(flat, rows, y, gamma, mean, var, self.eps)
+        gx, ggamma, gbeta = kernels.batchnorm_grad(flat, rows, beta, gamma, mean, var, self.eps)
         return gx.reshape(grad.shape), ggamma, gbeta
 
 
