@@ -21,7 +21,6 @@ from typing import Any
 from bench.libraries import thread_environment
 
 _ROOT = Path(__file__).resolve().parent.parent
-_TIMEOUT = 600.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,7 +88,7 @@ def step(model: str, threads: int) -> None:
 
     set_threads(threads)
     rng = np.random.default_rng(0)
-    train(PUBLISHED[model].build(rng), PUBLISHED[model], rng)
+    print(train(PUBLISHED[model].build(rng), PUBLISHED[model], rng), flush=True)
 
 
 def line(record: dict[str, Any]) -> str:
@@ -103,18 +102,21 @@ def line(record: dict[str, Any]) -> str:
 
 
 def _seconds(arguments: Sequence[str], variables: dict[str, str]) -> float:
-    """From the start of a Python process to its end. Raises CalledProcessError if it fails."""
+    """From the start of a Python process to the last line that it prints.
+
+    Raises CalledProcessError if it fails.
+    """
     paths = [str(_ROOT), variables.get("PYTHONPATH", "")]
     variables = {**variables, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
-    start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, *arguments],
-        env=variables,
-        stdout=subprocess.DEVNULL,
-        timeout=_TIMEOUT,
-        check=True,
-    )
-    return time.perf_counter() - start
+    command = [sys.executable, *arguments]
+    start = end = time.perf_counter()
+    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for _ in process.stdout:
+            end = time.perf_counter()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return end - start
 
 
 if __name__ == "__main__":

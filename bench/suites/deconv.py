@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from bench import layers
+from bench import convolutions, layers
 from bench.case import Case
 from bench.suites import Built, Work
 
 SUMMARY = "transposed convolutions, forward and both gradients, at real layer shapes"
-FAMILIES = ("deconv", "deconv_input_grad", "deconv_weight_grad")
-LIBRARIES = ("tinynn", "torch", "onnxruntime", "openvino")
+FAMILIES = convolutions.families("deconv")
+LIBRARIES = convolutions.LIBRARIES
+contestants = convolutions.contestants
 
 
 def cases(quick: bool) -> list[Case]:
@@ -19,31 +19,23 @@ def cases(quick: bool) -> list[Case]:
     return layers.cases("deconv", layers.directions, quick)
 
 
-def contestants(case: Case) -> Sequence[str]:
-    """Runtimes have the forward pass only."""
-    return LIBRARIES if case.family == "deconv" else LIBRARIES[:2]
-
-
 def work(case: Case) -> Work:
     """Multiply-adds of taps inside the result; each array moved once."""
     batch, _, _, channels = case.shape("x")
-    y, w = _result(case), case.shape("w")
-    return Work(
-        flops=2 * batch * _geometry(case).taps(*y[1:3]) * channels * w[3],
-        bytes=layers.floats(case.shape("x")) + layers.floats(w) + layers.floats(y),
-    )
+    result = _result(case)
+    macs = batch * _geometry(case).taps(*result[1:3]) * channels * result[3]
+    return Work(flops=2 * macs, bytes=convolutions.moved_bytes(case, result))
 
 
 def build(library: str, case: Case) -> Built:
     """One direction of one layer; the forward pass with its bias."""
-    y, w = _result(case), case.shape("w")
-    arrays = layers.numbers(case.shape("x"), w, (w[3],), y)
-    return {
+    builders = {
         "tinynn": _tinynn,
         "torch": _torch,
         "onnxruntime": _onnxruntime,
         "openvino": _openvino,
-    }[library](case, _geometry(case), *arrays)
+    }
+    return convolutions.build(library, case, _geometry(case), _result(case), builders)
 
 
 def _result(case: Case) -> tuple[int, ...]:
@@ -67,11 +59,12 @@ def _tinynn(case: Case, g: layers.Geometry, *arrays: Any) -> Built:
 
     x, w, bias, grad = layers.pooled(*arrays)
     win = g.window()
-    if case.family == "deconv":
-        return lambda: deconv.conv2d_transpose(x, w, bias, grad.shape, win, False)
-    if case.family == "deconv_input_grad":
-        return lambda: deconv.conv2d_transpose_input_grad(grad, w, win)
-    return lambda: deconv.conv2d_transpose_weight_grad(grad, x, win)
+    return convolutions.direction(
+        case,
+        lambda: deconv.conv2d_transpose(x, w, bias, grad.shape, win, False),
+        lambda: deconv.conv2d_transpose_input_grad(grad, w, win),
+        lambda: deconv.conv2d_transpose_weight_grad(grad, x, win),
+    )
 
 
 def _torch(case: Case, g: layers.Geometry, x: Any, w: Any, bias: Any, grad: Any) -> Built:
@@ -80,13 +73,7 @@ def _torch(case: Case, g: layers.Geometry, x: Any, w: Any, bias: Any, grad: Any)
 
 
 def _onnxruntime(case: Case, g: layers.Geometry, x: Any, w: Any, bias: Any, grad: Any) -> Built:
-    return layers.onnxruntime_call(
-        case.threads,
-        "ConvTranspose",
-        x.transpose(0, 3, 1, 2),
-        [w.transpose(2, 3, 0, 1), bias],
-        {"strides": g.stride, "pads": [*g.padding, *g.behind]},
-    )
+    return convolutions.onnxruntime("ConvTranspose", case, g, x, w.transpose(2, 3, 0, 1), bias)
 
 
 def _openvino(case: Case, g: layers.Geometry, x: Any, w: Any, bias: Any, grad: Any) -> Built:
@@ -94,16 +81,10 @@ def _openvino(case: Case, g: layers.Geometry, x: Any, w: Any, bias: Any, grad: A
 
     size = np.array(grad.shape[1:3], np.int64)
 
-    def graph(ops: Any, image: Any) -> Any:
-        y = ops.convolution_backprop_data(
-            image,
-            ops.constant(w.transpose(2, 3, 0, 1).copy()),
-            g.stride,
-            ops.constant(size),
-            g.padding,
-            g.behind,
-            [1, 1],
+    def product(ops: Any, image: Any) -> Any:
+        kernels = ops.constant(w.transpose(2, 3, 0, 1).copy())
+        return ops.convolution_backprop_data(
+            image, kernels, g.stride, ops.constant(size), g.padding, g.behind, [1, 1]
         )
-        return ops.add(y, ops.constant(bias.reshape(1, -1, 1, 1)))
 
-    return layers.openvino_call(case.threads, x.transpose(0, 3, 1, 2), graph)
+    return convolutions.openvino(case, x, bias, product)
