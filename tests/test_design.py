@@ -24,7 +24,7 @@ LAYERS = [
     ["tinynn.init"],
     ["tinynn.nn"],
     ["tinynn.optim", "tinynn.schedule", "tinynn.data", "tinynn.metrics", "tinynn.graph"],
-    ["tinynn.observe", "tinynn.checkpoint"],
+    ["tinynn.observe", "tinynn.count", "tinynn.checkpoint"],
     ["tinynn.train", "tinynn.models"],
     ["tinynn.compress"],
     ["tinynn.warmup"],

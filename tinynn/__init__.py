@@ -3,6 +3,7 @@
 from kernels._jit import get_threads, max_threads, set_threads
 from tinynn import data, graph, init, nn, ops, schedule
 from tinynn.compress import distort, importance, merge, prune, select
+from tinynn.count import Count, count
 from tinynn.data import Batches
 from tinynn.diagnose import find_non_finite
 from tinynn.gradcheck import gradcheck
@@ -23,6 +24,7 @@ __all__ = [
     "Adam",
     "Batches",
     "Converged",
+    "Count",
     "History",
     "Module",
     "Nadam",
@@ -35,6 +37,7 @@ __all__ = [
     "accuracy",
     "clip_gradients",
     "converged",
+    "count",
     "data",
     "distort",
     "evaluate",
