@@ -98,9 +98,11 @@ def pareto(runs: list[Record]) -> Figure:
     ax = figure.subplots()
     for (cell, members), colour in zip(by_cell(runs).items(), _colours(runs), strict=True):
         steps = [(sum(c["channels"]), c["rmse"]) for r in members for c in r["cycles"]]
-        ax.scatter(*zip(*steps, strict=True), s=9, color=colour, alpha=0.4, linewidths=0)
+        x, y = zip(*steps, strict=True)
+        ax.scatter(x, y, s=9, color=colour, alpha=0.4, linewidths=0)
         ends = [(sum(r["channels"]), r["rmse"]) for r in members]
-        ax.scatter(*zip(*ends, strict=True), s=38, color=colour, label=cell)
+        x, y = zip(*ends, strict=True)
+        ax.scatter(x, y, s=38, color=colour, label=cell)
     for control, marker in (("random", "x"), ("scratch", "+")):
         found = [(sum(r["channels"]), r[control]["rmse"]) for r in runs if control in r]
         if found:

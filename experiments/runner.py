@@ -134,6 +134,8 @@ class Experiment:
     #: draws into a directory, removes what it drew there of other runs, returns what stands there
     figures: Callable[[Path, list[Record]], list[Path]]
     transient: tuple[str, ...] = ()  #: entries of a record that only figures need
+    #: what is to be said after the table, in lines
+    remarks: Callable[[Record], list[str]] = lambda summary: []
 
 
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
@@ -287,6 +289,8 @@ def _execute(experiment: Experiment, args: argparse.Namespace, command: Sequence
     )
     rows = [[r.what, r.published, r.measured, r.spread] for r in experiment.table(records, summary)]
     print_table(experiment.name, ["", "published", "measured", "spread over runs"], rows)
+    for remark in experiment.remarks(summary):
+        print(f"\n{remark}")
     code, pictures = 0, []
     try:  # last: nothing that is measured may be lost for a picture
         pictures = experiment.figures(out, records)
