@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -489,3 +490,32 @@ def test_a_plateau_refuses_numbers_that_it_cannot_have_saved(state):
     with pytest.raises(ConfigError, match="Plateau: required"):
         plateau.load_state_dict(state)
     assert plateau.state_dict() == {"waited": 0, "scale": 1.0}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_masked_weights_stay_zero_whatever_the_optimiser_remembers(name):
+    params = parameters()
+    optimizer = MAKE[name](params, weight_decay=0.1)
+    run(optimizer, gradients(), 3)  # momentum and means of all weights are built up
+    mask = np.arange(12).reshape(3, 4) % 3 > 0
+    params[0].mask = mask
+    free = params[1].numpy()
+    run(optimizer, gradients(seed=2), 5)
+    assert np.all(params[0].data[~mask] == 0) and np.all(params[0].data[mask] != 0)
+    assert np.all(params[1].data != free)
+    params[0].mask = None
+    run(optimizer, gradients(seed=3), 1)
+    assert np.all(params[0].data != 0)
+
+
+def test_masks_must_fit_and_travel_with_copies():
+    p = Parameter(np.array([[1.0, np.nan], [2.0, np.inf]]))
+    with pytest.raises(ShapeError, match=r"required booleans \(2, 2\); came bool \(2,\)"):
+        p.mask = [True, False]
+    with pytest.raises(ShapeError, match="came int64"):
+        p.mask = [[1, 0], [1, 0]]
+    p.mask = [[True, False], [True, False]]
+    np.testing.assert_array_equal(p.data, [[1, 0], [2, 0]])
+    twin = copy.deepcopy(p)
+    np.testing.assert_array_equal(twin.mask, p.mask)
+    assert p.mask is not None and not p.mask.flags.writeable

@@ -19,6 +19,7 @@ import numpy as np
 
 from kernels import optimizer as kernels
 from tinynn.errors import ConfigError, DTypeError, NonFiniteError, ShapeError
+from tinynn.nn.module import Parameter
 from tinynn.op import Array
 from tinynn.tensor import Tensor
 
@@ -66,10 +67,12 @@ class Optimizer:
         self._lr = self._at_least_zero("lr", value)
 
     def step(self) -> None:
-        """Move every parameter that has a gradient."""
+        """Move every parameter that has a gradient; masked weights stay zero."""
         for p, state, terms in zip(self.params, self._state, self._terms, strict=True):
             if p._grad is not None:
                 self._update(p.mutate(), p._grad, state, terms)
+                if isinstance(p, Parameter):
+                    p.apply_mask()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

@@ -98,7 +98,8 @@ def remove(
 def rebuilt(model: Module, arrays: Mapping[str, Array]) -> Module:
     """A copy of `model` whose parameters, by dotted path, are these arrays of whatever size.
 
-    Buffers that `arrays` names change likewise. Parameters that are not trained stay so.
+    Buffers that `arrays` names change likewise. Parameters that are not trained stay so, and zeros
+    of masked ones stay masked.
     """
     out = model.copy()
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -106,6 +107,8 @@ def rebuilt(model: Module, arrays: Mapping[str, Array]) -> Module:
     for name, old in out.named_parameters():
         new[id(old)] = Parameter(arrays[name], copy=False)
         new[id(old)].requires_grad = trained[name]
+        if old.mask is not None:
+            new[id(old)].mask = arrays[name] != 0
     for path, module in out.named_modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, Parameter):

@@ -40,15 +40,42 @@ def running_module() -> Module | None:
 
 
 class Parameter(Tensor):
-    """A leaf that is trained."""
+    """A leaf that is trained. Where its `mask` is false it is zero, and optimisers keep it so."""
 
-    __slots__ = ()
+    __slots__ = ("_mask",)
 
     def __init__(self, values: npt.ArrayLike, *, copy: bool = True) -> None:
         super().__init__(values, requires_grad=True, copy=copy)
+        self._mask: Array | None = None
+
+    @property
+    def mask(self) -> Array | None:
+        """Booleans of the parameter's shape, read-only, or None. Files do not hold masks."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: npt.ArrayLike | None) -> None:
+        if mask is None:
+            self._mask = None
+            return
+        kept = np.array(mask)
+        if kept.shape != self.shape or kept.dtype != np.bool_:
+            raise ShapeError(
+                f"Parameter.mask: required booleans {self.shape}; came {kept.dtype} {kept.shape}"
+            )
+        kept.flags.writeable = False
+        self._mask = kept
+        self.apply_mask()
+
+    def apply_mask(self) -> None:
+        """Set what the mask excludes to zero, whatever it is (a product would leave NaN)."""
+        if self._mask is not None:
+            np.copyto(self.mutate(), 0, where=~self._mask)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
-        return self.like(self._data)
+        out = self.like(self._data)
+        out._mask = self._mask
+        return out
 
     def like(self, values: npt.ArrayLike) -> Parameter:
         """A parameter with other values that is trained or frozen as this one is."""
@@ -189,6 +216,8 @@ class Module:
         for name, value in own.items():
             target = value.mutate() if isinstance(value, Tensor) else value
             target[...] = state[name]
+            if isinstance(value, Parameter):
+                value.apply_mask()
 
     def copy(self: Self) -> Self:
         """An independent model with the same values; gradients and history stay behind."""
