@@ -80,6 +80,7 @@ def fit(
     until: Callable[[History], bool] | None = None,
     schedule: Schedule | None = None,
     validation: Iterable[Any] | None = None,
+    each_step: Callable[[int], None] | None = None,
     each_epoch: Callable[[dict[str, Any]], None] | None = None,
     clip_norm: float | None = None,
     log: PathLike | None = None,
@@ -93,8 +94,9 @@ def fit(
     `data` yields (x, y) batches and may be iterated once an epoch. Training ends after `epochs`
     epochs or `steps` optimiser steps in all (then the last epoch is a part of one), or when
     `until(history)` is true at the end of an epoch; one of the three must be given. `schedule`
-    gives each step's learning rate from the optimiser's own. `each_epoch` is called with every
-    epoch's record and may add entries (numbers, text) to it. `log` is a file that is begun anew,
+    gives each step's learning rate from the optimiser's own. `each_step` is called after every
+    update with the number of steps so far, `each_epoch` with every epoch's record, to which it may
+    add entries (numbers, text). `log` is a file that is begun anew,
     unless a training is resumed, and gets each epoch's record as a line of JSON. `progress` shows
     a bar: by default only on a terminal.
 
@@ -144,6 +146,8 @@ def fit(
                     optimizer.lr = schedule.lr(at.step, base_lr)
                     value = _step(model, x, y, loss, optimizer, clip_norm, at.step)
                     at.step, at.batches, at.total = at.step + 1, at.batches + 1, at.total + value
+                    if each_step is not None:
+                        each_step(at.step)
                     if interrupted() or time.monotonic() - saved > checkpoint_seconds:
                         save()
                         saved = time.monotonic()
@@ -176,7 +180,7 @@ def evaluate(model: Module, data: Iterable[Any], loss: Loss) -> float:
     total, rows = 0.0, 0
     with mode(model, False), no_grad():
         for x, y in data:
-            result = loss(model(Tensor(x, copy=False)), _target(y))
+            result = loss(model(Tensor(x, copy=False)), target(y))
             require_finite(result, "evaluate: the loss")
             total, rows = total + result.item() * len(x), rows + len(x)
     if not rows:
@@ -206,7 +210,7 @@ def _step(
     step: int,
 ) -> float:
     """One step of training: forward, backward, update. Returns the loss before the update."""
-    result = loss(model(Tensor(x, copy=False)), _target(y))
+    result = loss(model(Tensor(x, copy=False)), target(y))
     if result.size != 1:
         raise ShapeError(f"fit: required a loss of one number; came shape {result.shape}")
     value = result.item()
@@ -222,8 +226,8 @@ def _step(
     return value
 
 
-def _target(y: Any) -> Any:
-    """Floating targets become Tensors; class numbers stay as they are."""
+def target(y: Any) -> Any:
+    """Targets as losses take them: floats become Tensors, class numbers stay as they are."""
     return Tensor(y, copy=False) if isinstance(y, np.ndarray) and y.dtype.kind == "f" else y
 
 

@@ -1,0 +1,99 @@
+"""What the loss says of single weights: gradients and curvature, gathered over data.
+
+Scores of `sparsify` read them. Nothing here changes the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tinynn.errors import ConfigError, DataError
+from tinynn.nn.module import Module, mode
+from tinynn.op import Array
+from tinynn.tensor import Tensor
+from tinynn.train import Loss, target
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Moments of the loss' gradient over batches, by dotted path of the parameter, float64."""
+
+    mean: dict[str, Array]
+    square: dict[str, Array]  #: of each batch's gradient; batches of one row give Fisher's diagonal
+
+
+def gradients(model: Module, data: Iterable[Any], loss: Loss) -> Gradients:
+    """The moments over all batches of `data`, in eval mode. DataError if there are none."""
+    mean = {name: np.zeros(p.shape) for name, p in model.named_parameters()}
+    square = {name: np.zeros_like(a) for name, a in mean.items()}
+    count = 0
+    for x, y in data:
+        for name, grad in _gradient(model, [(x, y)], loss).items():
+            mean[name] += grad
+            square[name] += np.square(grad)
+        count += 1
+    if not count:
+        raise DataError("saliency.gradients: required at least one batch; came none")
+    return Gradients(
+        {k: v / count for k, v in mean.items()}, {k: v / count for k, v in square.items()}
+    )
+
+
+def hessian_diagonal(
+    model: Module,
+    data: Iterable[Any],
+    loss: Loss,
+    rng: np.random.Generator,
+    *,
+    probes: int = 10,
+    step: float = 1e-3,
+) -> dict[str, Array]:
+    """The diagonal of the loss' second derivatives by every weight, by dotted path, float64.
+
+    E[z * (g(w + step z) - g(w - step z)) / (2 step)] over random signs z: Hutchinson's estimator
+    (Bekas et al. 2007, "An estimator for the diagonal of a matrix") on central differences of the
+    gradient over `data`, whose batches are read 2 `probes` times. Off the diagonal the signs
+    cancel on average only: more probes, less noise.
+    """
+    batches = list(data)
+    if not batches or probes < 1 or not step > 0:
+        raise ConfigError(
+            "saliency.hessian_diagonal: required batches, probes >= 1 and step > 0; came "
+            f"{len(batches)}, {probes} and {step}"
+        )
+    twin = model.copy()
+    start = {name: p.numpy() for name, p in twin.named_parameters()}
+    total = {name: np.zeros(w.shape) for name, w in start.items()}
+    for _ in range(probes):
+        signs = {name: rng.choice((-1.0, 1.0), w.shape) for name, w in start.items()}
+        for side in (1, -1):
+            for name, p in twin.named_parameters():
+                p.mutate()[...] = start[name] + (side * step * signs[name]).astype(p.dtype)
+            for name, grad in _gradient(twin, batches, loss).items():
+                total[name] += side * signs[name] * grad / (2 * step * probes)
+    return total
+
+
+def _gradient(model: Module, batches: Iterable[Any], loss: Loss) -> dict[str, Array]:
+    """The mean gradient over the batches; zeros for parameters that the loss does not reach."""
+    parameters = dict(model.named_parameters())
+    before = {name: p._grad for name, p in parameters.items()}
+    count = 0
+    try:
+        for p in parameters.values():
+            p._grad = None
+        with mode(model, False):
+            for x, y in batches:
+                loss(model(Tensor(x, copy=False)), target(y)).backward()
+                count += 1
+        return {
+            name: np.zeros(p.shape) if p._grad is None else p._grad.astype(np.float64) / count
+            for name, p in parameters.items()
+        }
+    finally:
+        for name, p in parameters.items():
+            p._grad = before[name]
