@@ -33,6 +33,7 @@ from kernels import memory, pointwise, simd
 from kernels._jit import Variants, prepared
 from kernels.geometry import Window
 from kernels.product import _aligned, _pack_kernel
+from kernels.tiling import MOST, Part, cuts
 
 _BLOCK_BYTES = 384 * 1024  # of images that one panel of weights passes over
 _TASKS = 16  # wanted at least; also the most chunks of a sum
@@ -186,7 +187,7 @@ def _table(axis: _Axis, size: int, height: int) -> np.ndarray:
 class _Call(NamedTuple):
     """One call of a tile kernel: some channels of some pixels."""
 
-    part: _Part
+    part: Part
     kernel: Variants
     pack: Variants
     macs: int
@@ -212,7 +213,7 @@ def _calls(
             depth = len(ky) * len(kx) * C
             macs = B * rows.length * columns.length * depth
             cost = _tile_cost(columns, width)
-            for part in _cuts(N, lanes, _MOST, cost)[1]:
+            for part in cuts(N, lanes, MOST, cost)[1]:
                 tables = _table(rows, height, 1), _table(columns, width, part.mr)
                 steps = (rows.gap, columns.gap, columns.stride * C, columns.step * N)
                 fit = _BLOCK_BYTES // (4 * (height * width * C + OH * OW * min(N, part.width)))
@@ -289,68 +290,6 @@ def _convolve(
             call.bands,
             call.groups,
         )
-
-
-class _Part(NamedTuple):
-    """Channels first <= n < first + cols, in panels of nr vectors, tiles of mr rows."""
-
-    mr: int
-    nr: int
-    first: int
-    cols: int
-    width: int  # of a panel, in elements
-    panels: int
-
-
-_REGISTERS = simd.TILE[0] * simd.TILE[1]  # for sums
-
-
-_HEIGHTS = (16, 15, 14, 12, 9, 8, 7, 6, 4, 3, 2, 1)
-#: For tiles of one vector, of several: above these, LLVM keeps some of the sums in memory.
-_MOST = (16, 8)
-
-
-def _cuts(
-    channels: int, lanes: int, most: tuple[int, int], tiles: Callable[[int, float], float]
-) -> tuple[float, tuple[_Part, ...]]:
-    """The tiles over all channels that cost least, and how much that is.
-
-    `most`: rows of a tile of one vector, of several; tiles(h, vectors): what the tiles of h rows
-    and so many vectors cost together.
-    """
-
-    def height(nr: int) -> tuple[float, int]:
-        """Cost of one panel a step, and the tile's height."""
-        limit = min(most[nr > 1], _REGISTERS // max(1, nr))
-        return min((tiles(h, nr or 0.5), -h) for h in _HEIGHTS if h <= limit)
-
-    halves = simd.LANES >= 8
-    best: tuple[float, list[tuple[int, int, int]]] = (math.inf, [])
-    for nr in range(1, simd.TILE[1] + 1):
-        whole = channels // (nr * lanes)
-        rest = channels - whole * nr * lanes
-        tails: list[list[int]] = [[]]
-        if rest:
-            tails = [[-(-rest // lanes)]]
-            if halves and 0 < rest % lanes <= lanes // 2:
-                tails.append([rest // lanes, 0] if rest >= lanes else [0])
-        for tail in tails:
-            cuts, first = [], 0
-            if whole:
-                cuts, first = [(nr, 0, channels - rest)], channels - rest
-            for t in tail:
-                cols = min(t * lanes or lanes // 2, channels - first)
-                cuts.append((t, first, cols))
-                first += cols
-            cost = sum(height(n)[0] * -(-c // (n * lanes or lanes // 2)) for n, _, c in cuts)
-            cost *= 1 + 0.04 * len(cuts)
-            if cost < best[0]:
-                best = (cost, cuts)
-    parts = []
-    for n, first, cols in best[1]:
-        width = n * lanes or lanes // 2
-        parts.append(_Part(-height(n)[1], n, first, cols, width, -(-cols // width)))
-    return best[0], tuple(parts)
 
 
 # --- weight gradient ------------------------------------------------------------------------------
@@ -550,15 +489,15 @@ def conv2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.ndarr
 @lru_cache(1024)
 def _weight_calls(
     shape: tuple[int, ...], channels: int, win: Window, lanes: int
-) -> tuple[int, int, tuple[tuple[_Part, Variants, int, int], ...]]:
+) -> tuple[int, int, tuple[tuple[Part, Variants, int, int], ...]]:
     """Taps that are rows of one tile, chunks of the sum; tiles, kernels, blocks and groups."""
     B, height, width, C = shape
     OH, OW = win.output(height, width)
     KH, KW = win.kernel
     span = 1
-    cost, parts = _cuts(channels, lanes, (min(C, 16), C), _row_cost(C, 1 + 8 / OW))
+    cost, parts = cuts(channels, lanes, (min(C, 16), C), _row_cost(C, 1 + 8 / OW))
     if win.dilation[1] == 1 and KW > 1 and C < 16:  # the taps along x as rows of one
-        wide, joined = _cuts(
+        wide, joined = cuts(
             channels, lanes, (min(KW * C, 16), KW * C), _row_cost(KW * C, 1 + 8 / OW)
         )
         if wide * (1 + (KW - 1) / (2 * OW)) < KW * cost:  # pixels near the border cost more

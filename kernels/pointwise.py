@@ -111,7 +111,15 @@ def _reduce_rows(S, A, Y, off, P, lo, hi):
     P[:] = zero
     quads = max(lo, lo + (hi - lo) // 4 * 4)
     if R == 1:
-        for m in range(lo, quads, 4):
+        eights = max(lo, lo + (hi - lo) // 8 * 8)
+        for m in range(lo, eights, 8):
+            s0, s1, s2, s3 = S[m, 0], S[m + 1, 0], S[m + 2, 0], S[m + 3, 0]
+            s4, s5, s6, s7 = S[m + 4, 0], S[m + 5, 0], S[m + 6, 0], S[m + 7, 0]
+            for n in range(N):
+                near = s0 * A[m, n] + s1 * A[m + 1, n] + s2 * A[m + 2, n] + s3 * A[m + 3, n]
+                far = s4 * A[m + 4, n] + s5 * A[m + 5, n] + s6 * A[m + 6, n] + s7 * A[m + 7, n]
+                P[0, n] += near + far
+        for m in range(eights, quads, 4):
             s0, s1, s2, s3 = S[m, 0], S[m + 1, 0], S[m + 2, 0], S[m + 3, 0]
             for n in range(N):
                 P[0, n] += s0 * A[m, n] + s1 * A[m + 1, n] + s2 * A[m + 2, n] + s3 * A[m + 3, n]

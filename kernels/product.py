@@ -34,6 +34,7 @@ _BLOCK_BYTES = 192 * 1024  # of A, which stay in the second-level cache beside t
 _BLOCK_ROWS = 240  # at most, so that threads share the work evenly
 _DIRECT_BYTES = 512 * 1024  # of B, whose panels are read in place
 _DIRECT_ROWS = 48  # of A: for fewer, packing B costs more than it gains
+_PACK_ROWS = 8  # of B, packed together
 _TASKS = 16  # wanted at least; also the most chunks of a sum
 _CHUNK_TERMS = 1024  # of a sum, at least
 
@@ -89,15 +90,21 @@ def _panels(mr: int, nr: int) -> Any:
 
 def _pack_rows(B, first, cols, P):
     # P[p, k, j] = B[k, first + p W + j], 0 where p W + j >= cols;  B (K, N), P (panels, K, W)
+    # A few rows of B at a time: they lie in one piece, a panel's part of them does not.
     panels, K, W = P.shape
     N = B.shape[1]
     L = simd.lanes(P)
-    for p in prange(panels):
-        for j in range(0, W, L):
-            n = p * W + j
-            for k in range(K):
-                row = simd.load_part(1, 1, B, k * N + first + n, 0, 0, 1, cols - n)
-                simd.store_part(row, P, (p * K + k) * W + j, 0, 0, 1, W - j)
+    for block in prange((K + _PACK_ROWS - 1) // _PACK_ROWS):
+        for p in range(panels):
+            for k in range(block * _PACK_ROWS, min(K, (block + 1) * _PACK_ROWS)):
+                for j in range(0, W, L):
+                    n = p * W + j
+                    ib, ip = k * N + first + n, (p * K + k) * W + j
+                    if n + L <= cols and j + L <= W:
+                        simd.store(simd.load(1, 1, B, ib, 0), P, ip, 0)
+                    else:
+                        row = simd.load_part(1, 1, B, ib, 0, 0, 1, cols - n)
+                        simd.store_part(row, P, ip, 0, 0, 1, W - j)
 
 
 def _pack_columns(L: int) -> Any:
@@ -150,6 +157,23 @@ def _gated_sums_loop(G, Y, gated, D, S):
 _gated_sums = Variants(_gated_sums_loop)
 
 
+def _last_columns_loop(A, W, bias, low, C, first):
+    # C[m, first + r] = max(bias[first + r] + sum_k A[m, k] W[r, k], low), NaN stays
+    # A (M, K), W (R, K), C (M, N), bias (N,)
+    M, K = A.shape
+    for block in prange((M + _BLOCK_ROWS - 1) // _BLOCK_ROWS):
+        for m in range(block * _BLOCK_ROWS, min(M, (block + 1) * _BLOCK_ROWS)):
+            for r in range(W.shape[0]):
+                total = A.dtype.type(0)
+                for k in range(K):
+                    total += A[m, k] * W[r, k]
+                total += bias[first + r]
+                C[m, first + r] = low if total < low else total
+
+
+_last_columns = Variants(_last_columns_loop)
+
+
 def gated_sums(grad: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """grad (M, N) where not y <= 0, else 0, or grad itself without y; and its sums over M (N,)."""
     gated = grad if y is None else memory.empty(grad.shape, grad.dtype)
@@ -185,7 +209,9 @@ def product(
     """
     K, M = a.shape if transpose_a else a.shape[::-1]
     N = b.shape[0] if transpose_b else b.shape[1]
-    chunks, parts = _plan(M, K, N, a.itemsize, transpose_b)
+    lanes = simd.LANES * 4 // a.itemsize
+    last = 0 if transpose_a else _single_columns(M, K, N, lanes)
+    chunks, parts = _plan(M, K, N, a.itemsize, transpose_b, last)
     c = memory.empty((chunks, M, N), a.dtype)
     added = np.zeros(N, a.dtype) if bias is None or chunks > 1 else bias
     least = a.dtype.type(low if chunks == 1 else -np.inf)
@@ -221,12 +247,25 @@ def product(
             part.block,
             part.groups,
         )
+    if last:
+        w = b[N - last :] if transpose_b else np.ascontiguousarray(b[:, N - last :].T)
+        _last_columns.choose(M * K * last)(a, w, added, least, c[0], N - last)
     if chunks == 1:
         return c[0]
     total = c.sum(axis=0)  # over an outer axis: in order, by NumPy
     if bias is not None:
         total += bias
     return np.maximum(total, a.dtype.type(low), out=total)
+
+
+def _single_columns(M: int, K: int, N: int, lanes: int) -> int:
+    """How many columns after the last whole vector are summed along k, one by one.
+
+    Most lanes of a vector of one or two columns are idle; a row of A and one of B fill them.
+    """
+    rest = N % lanes
+    pays = lanes >= 8 and lanes < N and M >= 4 * _DIRECT_ROWS and 64 <= K < 2 * _CHUNK_TERMS
+    return rest if pays and rest <= 2 else 0
 
 
 class _Part(NamedTuple):
@@ -244,9 +283,10 @@ class _Part(NamedTuple):
 
 @lru_cache(1024)
 def _plan(
-    M: int, K: int, N: int, itemsize: int, transpose_b: bool
+    M: int, K: int, N: int, itemsize: int, transpose_b: bool, last: int
 ) -> tuple[int, tuple[_Part, ...]]:
-    """In how many chunks the terms are summed, and how the columns are cut into panels."""
+    """In how many chunks the terms are summed, and how all but the last columns are cut."""
+    stride, N = N, N - last
     lanes, most = simd.LANES * 4 // itemsize, simd.TILE[1]
     rest = N % (most * lanes)
     cuts = [(most, 0, N - rest)] if rest < N else []
@@ -259,7 +299,7 @@ def _plan(
     tasks = -(-M // _BLOCK_ROWS) * -(-N // (most * lanes))
     chunks = max(1, min(-(-_TASKS // tasks), K // _CHUNK_TERMS, _TASKS))
     depth = min(-(-K // chunks), _DEPTH)
-    in_place = not transpose_b and (depth * N * itemsize <= _DIRECT_BYTES or M < _DIRECT_ROWS)
+    in_place = not transpose_b and (depth * stride * itemsize <= _DIRECT_BYTES or M < _DIRECT_ROWS)
     parts = []
     for nr, first, cols in cuts:
         mr, width = simd.ROWS[nr], nr * lanes or lanes // 2

@@ -38,232 +38,76 @@ Rules that hold for every function here:
 How it works: an `intrinsic` is a Python function that Numba runs once, while compiling. It returns
 the type of the result, and a function that writes the instructions through LLVM's builder. A
 primitive below is its formula, a check of types, and `emit`, which loops over rows and vectors when
-compiling: the loop is gone from the machine code. The class `_Code` holds what all of them write.
-
-All knowledge of instruction sets is in `LEVELS` and in `_Code.dot4`. `LEVEL` is the best level of
-this processor, or the one named by the environment variable TINYNN_CPU. Floating point may round
-differently from level to level, integers never differ.
+compiling: the loop is gone from the machine code. What all of them share is in `kernels._primitive`
+and `kernels._emit`; the instruction sets, of which this processor has one, in `kernels._levels`.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import llvmlite.binding as llvm
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core.errors import TypingError
-from numba.extending import intrinsic
 
-from kernels._emit import I8, I16, I32, I64, SCALARS, Code, Tile, constant, static_bounds, suffix
+from kernels import _levels
+from kernels._emit import I8, I32, I64, SCALARS, Tile, constant, static_bounds
+from kernels._levels import LANES, LEVEL, LEVELS, ROWS, TILE, available
+from kernels._primitive import (
+    OFFSET,
+    bound_types,
+    check_array,
+    check_tile,
+    lanes_of,
+    new_tile,
+    primitive,
+    tile_intrinsic,
+)
+from kernels._slide import slide, slide_sums
 
-# --- instruction sets -----------------------------------------------------------------------------
-
-
-class Level(NamedTuple):
-    """What a set of vector instructions offers, and how LLVM is told to use no more than it."""
-
-    needs: frozenset[str]  # features of the processor, by LLVM's names
-    vector_bytes: int
-    rows: tuple[int, ...]  # rows of the tallest tile of 1, 2, ... vectors that fits the registers
-    dot4: str  # how a product of bytes is summed: "vpdpbusd", "pmaddwd" or "plain"
-    cpu: tuple[str, str]  # LLVM's processor name and extra features, when the level is forced
-
-
-_AVX2 = frozenset({"avx2", "fma"})
-_AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}) | _AVX2
-_32_REGISTERS, _16_REGISTERS = (12, 12, 8, 6), (12, 6)
-
-#: By name, best first.
-LEVELS = {
-    "avx512vnni": Level(
-        _AVX512 | {"avx512vnni"}, 64, _32_REGISTERS, "vpdpbusd", ("x86-64-v4", "+avx512vnni")
-    ),
-    "avx512": Level(_AVX512, 64, _32_REGISTERS, "pmaddwd", ("x86-64-v4", "")),
-    "avx2vnni": Level(
-        _AVX2 | {"avxvnni"}, 32, _16_REGISTERS, "vpdpbusd", ("x86-64-v3", "+avxvnni")
-    ),
-    "avx2": Level(_AVX2, 32, _16_REGISTERS, "pmaddwd", ("x86-64-v3", "")),
-    "neon": Level(frozenset({"neon"}), 16, _32_REGISTERS, "plain", ("generic", "+neon")),
-    "portable": Level(frozenset(), 16, _16_REGISTERS, "plain", ("", "")),
-}
-
-
-def _features() -> set[str]:
-    """The processor's features, as far as Numba is allowed to use them."""
-    flags = _config.CPU_FEATURES
-    if flags is None:
-        try:
-            flags = llvm.get_host_cpu_features().flatten()
-        except RuntimeError:  # LLVM does not know this processor
-            flags = ""
-    found = {f[1:] for f in flags.split(",") if f.startswith("+")}
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        found.add("neon")  # part of the architecture
-    return found
-
-
-def available() -> list[str]:
-    """The levels that this processor can execute, best first."""
-    return [name for name, level in LEVELS.items() if level.needs <= _FEATURES]
-
-
-def _choose() -> str:
-    possible = available()
-    asked = os.environ.get("TINYNN_CPU")
-    if not asked:
-        return possible[0]
-    if asked not in possible:
-        known = "unknown" if asked not in LEVELS else "not executable on this processor"
-        raise ValueError(f"TINYNN_CPU={asked}: {known}; expected one of {', '.join(possible)}")
-    if asked != possible[0]:
-        # Instructions of higher levels must not slip in, neither here nor in plain loops.
-        name, features = LEVELS[asked].cpu
-        _config.CPU_NAME = name or ("x86-64" if "x86" in llvm.get_default_triple() else "")
-        _config.CPU_FEATURES = features
-    return asked
-
-
-_config: Any = numba.config
-_FEATURES = _features()
-LEVEL = _choose()
-_level = LEVELS[LEVEL]
-
-#: Elements of a float32 or int32 vector; float64 has half as many.
-LANES = _level.vector_bytes // 4
-#: The preferred tile is TILE = (mr, nr); ROWS[nr] is the height that suits nr vectors.
-ROWS = (_level.rows[0], *_level.rows)
-TILE = (ROWS[-1], len(ROWS) - 1)
-
-
-def _tile(name: str, *kinds: Any) -> None:
-    for kind in kinds:
-        if not isinstance(kind, Tile):
-            raise TypingError(f"simd.{name}: expected a Tile, got {kind}")
-
-
-def _array(name: str, kind: Any, *dtypes: Any) -> None:
-    fits = isinstance(kind, types.Array) and kind.layout == "C" and kind.dtype in dtypes
-    if not fits:
-        wanted = ", ".join(map(str, dtypes))
-        raise TypingError(f"simd.{name}: expected a C-contiguous array of {wanted}, got {kind}")
-
-
-# --- writing instructions -------------------------------------------------------------------------
-
-
-class _Code(Code):
-    """Adds the instructions that depend on the level."""
-
-    def fma(self, x: Any, y: Any, z: Any) -> Any:
-        """x y + z, rounded once where the processor can."""
-        if isinstance(x.type.element, ir.IntType):
-            return self.builder.add(self.builder.mul(x, y), z)
-        name = "fmuladd" if LEVEL == "portable" else "fma"
-        return self.call(f"llvm.{name}.{suffix(x.type)}", x.type, x, y, z)
-
-    def dot4(self, z: Any, u: Any, s: Any) -> Any:
-        """z + the dot product of 4 unsigned bytes of u and 4 signed of s, in each int32 lane."""
-        b, kind = self.builder, z.type
-        bits = kind.count * 32
-        if _level.dot4 == "vpdpbusd":
-            # Takes vectors of int32 up to LLVM 21; later versions convert this form.
-            return self.call(f"llvm.x86.avx512.vpdpbusd.{bits}", kind, z, u, s)
-        if _level.dot4 == "pmaddwd":
-            # Even and odd bytes as int16, whose products pmaddwd sums in pairs, exactly.
-            half = ir.VectorType(I16, kind.count * 2)
-            eight = ir.Constant(half, [8] * half.count)
-            u, s = b.bitcast(u, half), b.bitcast(s, half)
-            pairs = (
-                (b.and_(u, ir.Constant(half, [255] * half.count)), b.ashr(b.shl(s, eight), eight)),
-                (b.lshr(u, eight), b.ashr(s, eight)),
-            )
-            name = f"llvm.x86.{'avx512.pmaddw.d.512' if bits == 512 else 'avx2.pmadd.wd'}"
-            for p, q in pairs:
-                z = b.add(z, self.call(name, kind, p, q))
-            return z
-        for byte in range(4):
-            low, high = (ir.Constant(kind, [n] * kind.count) for n in (8 * byte, 24 - 8 * byte))
-            p = b.and_(b.lshr(u, low), ir.Constant(kind, [255] * kind.count))
-            q = b.ashr(b.shl(s, high), ir.Constant(kind, [24] * kind.count))
-            z = b.add(z, b.mul(p, q))
-        return z
-
-
-_N = types.intp  # the type of offsets and counts
-_intrinsic: Any = intrinsic(prefer_literal=True)  # constants arrive as such
-
-
-def _primitive(result: Any, kinds: tuple[Any, ...], emit: Callable[..., Any]) -> Any:
-    """What Numba wants of an intrinsic, from `emit(code, *arguments)`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        code = _Code(context, builder)
-        args = [code.unwrap(k, v) for k, v in zip(signature.args, values, strict=True)]
-        return code.wrap(signature.return_type, emit(code, *args))
-
-    return result(*kinds), codegen
-
-
-def _bounds(lo: Any, hi: Any) -> tuple[Any, Any]:
-    """Their types. Numba keeps one code for each signature: constants must show in it."""
-    return (lo, hi) if static_bounds(lo, hi) else (_N, _N)
-
-
-def _lanes(array: Any) -> int:
-    return int(_level.vector_bytes * 8 // array.dtype.bitwidth)
-
-
-def _new(mr: Any, nr: Any, array: Any) -> Tile:
-    vectors = constant(nr)
-    lanes = _lanes(array) if vectors else _lanes(array) // 2
-    return Tile(constant(mr), max(vectors, 1), array.dtype, lanes)
-
+__all__ = ["LANES", "LEVEL", "LEVELS", "ROWS", "TILE", "available", "slide", "slide_sums"]
 
 # --- making tiles ---------------------------------------------------------------------------------
 
 
-@_intrinsic
+@tile_intrinsic
 def lanes(typing, array):
     """L, the number of elements of a vector of the array's dtype."""
-    _array("lanes", array, *SCALARS)
-    count = _lanes(array)
-    return _primitive(_N, (array,), lambda code, a: I64(count))
+    check_array("lanes", array, *SCALARS)
+    count = lanes_of(array)
+    return primitive(OFFSET, (array,), lambda code, a: I64(count))
 
 
-@_intrinsic
+@tile_intrinsic
 def zeros(typing, mr, nr, array):
     """x[i, j] = 0, of the array's dtype."""
-    _array("zeros", array, *SCALARS)
-    tile = _new(mr, nr, array)
+    check_array("zeros", array, *SCALARS)
+    tile = new_tile(mr, nr, array)
     zero = ir.Constant(tile.vector, None)
     rows = [[zero] * tile.nr for _ in range(tile.mr)]
-    return _primitive(tile, (mr, nr, array), lambda code, *_: rows)
+    return primitive(tile, (mr, nr, array), lambda code, *_: rows)
 
 
-@_intrinsic
+@tile_intrinsic
 def fill(typing, mr, nr, array, value):
     """x[i, j, l] = value, of the array's dtype."""
-    _array("fill", array, *SCALARS)
-    tile = _new(mr, nr, array)
+    check_array("fill", array, *SCALARS)
+    tile = new_tile(mr, nr, array)
 
     def emit(code, mr, nr, array, value):
         return [[code.splat(value, tile.lanes)] * tile.nr] * tile.mr
 
-    return _primitive(tile, (mr, nr, array, tile.dtype), emit)
+    return primitive(tile, (mr, nr, array, tile.dtype), emit)
 
 
-@_intrinsic
+@tile_intrinsic
 def load(typing, mr, nr, X, ix, ld):
     """x[i, j] = X[ix + i ld + j L : + L]."""
-    _array("load", X, *SCALARS)
-    tile = _new(mr, nr, X)
+    check_array("load", X, *SCALARS)
+    tile = new_tile(mr, nr, X)
     vec, L = tile.vector, tile.lanes
 
     def emit(code, mr, nr, X, ix, ld):
@@ -272,17 +116,17 @@ def load(typing, mr, nr, X, ix, ld):
             for i in range(tile.mr)
         ]
 
-    return _primitive(tile, (mr, nr, X, _N, _N), emit)
+    return primitive(tile, (mr, nr, X, OFFSET, OFFSET), emit)
 
 
-@_intrinsic
+@tile_intrinsic
 def load_part(typing, mr, nr, X, ix, ld, lo, hi, cols):
     """As `load` in rows lo <= i < hi and the first `cols` elements of each row, 0 elsewhere.
 
     Memory outside that part is not read. lo and hi may vary; constants save the branches.
     """
-    _array("load_part", X, *SCALARS)
-    tile = _new(mr, nr, X)
+    check_array("load_part", X, *SCALARS)
+    tile = new_tile(mr, nr, X)
     vec, L, static = tile.vector, tile.lanes, static_bounds(lo, hi)
 
     def emit(code, mr, nr, X, ix, ld, lo, hi, cols):
@@ -296,13 +140,13 @@ def load_part(typing, mr, nr, X, ix, ld, lo, hi, cols):
         zero = [[ir.Constant(vec, None)] * tile.nr] * tile.mr
         return code.rows_within(*(static or (lo, hi)), tile.mr, row, zero)
 
-    return _primitive(tile, (mr, nr, X, _N, _N, *_bounds(lo, hi), _N), emit)
+    return primitive(tile, (mr, nr, X, OFFSET, OFFSET, *bound_types(lo, hi), OFFSET), emit)
 
 
-@_intrinsic
+@tile_intrinsic
 def prefetch(typing, mr, X, ix, ld):
     """Asks for the cache lines of X[ix + i ld], i < mr, ahead of their use; any address will do."""
-    _array("prefetch", X, *SCALARS)
+    check_array("prefetch", X, *SCALARS)
     count = constant(mr)
 
     def emit(code, mr, X, ix, ld):
@@ -311,38 +155,38 @@ def prefetch(typing, mr, X, ix, ld):
             args = (pointer, I32(0), I32(3), I32(1))  # to read, into all levels, data
             code.call("llvm.prefetch.p0", ir.VoidType(), *args)
 
-    return _primitive(types.void, (mr, X, _N, _N), emit)
+    return primitive(types.void, (mr, X, OFFSET, OFFSET), emit)
 
 
-@_intrinsic
+@tile_intrinsic
 def spread(typing, mr, X, ix, ld):
     """x[i, 0, l] = X[ix + i ld]: one number a row, in every lane."""
-    _array("spread", X, *SCALARS)
-    tile = Tile(constant(mr), 1, X.dtype, _lanes(X))
+    check_array("spread", X, *SCALARS)
+    tile = Tile(constant(mr), 1, X.dtype, lanes_of(X))
 
     def emit(code, mr, X, ix, ld):
         load = code.builder.load
         return [[code.splat(load(code.at(X, ix, i, ld)), tile.lanes)] for i in range(tile.mr)]
 
-    return _primitive(tile, (mr, X, _N, _N), emit)
+    return primitive(tile, (mr, X, OFFSET, OFFSET), emit)
 
 
-@_intrinsic
+@tile_intrinsic
 def rows(typing, x, lo, hi):
     """x[lo : hi], the rows lo <= i < hi; constants."""
-    _tile("rows", x)
+    check_tile("rows", x)
     first, last = constant(lo), constant(hi)
     tile = Tile(last - first, x.nr, x.dtype, x.lanes)
-    return _primitive(tile, (x, lo, hi), lambda code, x, lo, hi: x[first:last])
+    return primitive(tile, (x, lo, hi), lambda code, x, lo, hi: x[first:last])
 
 
 # --- products -------------------------------------------------------------------------------------
 
 
 def _rank1(name: str, acc: Any, A: Any, B: Any, lo: Any = None, hi: Any = None) -> Any:
-    _tile(name, acc)
-    _array(name, A, acc.dtype)
-    _array(name, B, acc.dtype)
+    check_tile(name, acc)
+    check_array(name, A, acc.dtype)
+    check_array(name, B, acc.dtype)
     vec, L = acc.vector, acc.lanes
 
     def vectors(code, B, ib):
@@ -352,7 +196,7 @@ def _rank1(name: str, acc: Any, A: Any, B: Any, lo: Any = None, hi: Any = None) 
         a = code.splat(code.builder.load(code.row_of(A, ia, i, lda)), L)
         return [code.fma(a, b[j], x[i][j]) for j in range(acc.nr)]
 
-    return _update(acc, (acc, A, _N, _N, B, _N), vectors, row, lo, hi)
+    return _update(acc, (acc, A, OFFSET, OFFSET, B, OFFSET), vectors, row, lo, hi)
 
 
 def _update(acc: Any, kinds: tuple[Any, ...], vectors: Any, row: Any, lo: Any, hi: Any) -> Any:
@@ -363,7 +207,7 @@ def _update(acc: Any, kinds: tuple[Any, ...], vectors: Any, row: Any, lo: Any, h
             b = vectors(code, B, ib)
             return [row(code, x, A, ia, lda, b, i) for i in range(acc.mr)]
 
-        return _primitive(acc, kinds, emit)
+        return primitive(acc, kinds, emit)
     static = static_bounds(lo, hi)
 
     def emit_rows(code, x, A, ia, lda, B, ib, lo, hi):
@@ -371,25 +215,25 @@ def _update(acc: Any, kinds: tuple[Any, ...], vectors: Any, row: Any, lo: Any, h
         bounds = static or (lo, hi)
         return code.rows_within(*bounds, acc.mr, lambda i: row(code, x, A, ia, lda, b, i), x)
 
-    return _primitive(acc, (*kinds, *_bounds(lo, hi)), emit_rows)
+    return primitive(acc, (*kinds, *bound_types(lo, hi)), emit_rows)
 
 
-@_intrinsic
+@tile_intrinsic
 def rank1(typing, acc, A, ia, lda, B, ib):
     """acc[i, j] += A[ia + i lda] B[ib + j L : + L]."""
     return _rank1("rank1", acc, A, B)
 
 
-@_intrinsic
+@tile_intrinsic
 def rank1_rows(typing, acc, A, ia, lda, B, ib, lo, hi):
     """As `rank1`, in rows lo <= i < hi only. A is not read for others; constants save branches."""
     return _rank1("rank1_rows", acc, A, B, lo, hi)
 
 
 def _dot4(name: str, acc: Any, A: Any, B: Any, lo: Any = None, hi: Any = None) -> Any:
-    _tile(name, acc)
-    _array(name, A, types.uint8)
-    _array(name, B, types.int8)
+    check_tile(name, acc)
+    check_array(name, A, types.uint8)
+    check_array(name, B, types.int8)
     if acc.dtype != types.int32:
         raise TypingError(f"simd.{name}: expected a Tile of int32, got {acc}")
     vec, L = acc.vector, acc.lanes
@@ -406,10 +250,10 @@ def _dot4(name: str, acc: Any, A: Any, B: Any, lo: Any = None, hi: Any = None) -
         a = code.splat(code.builder.load(pointer, align=1), L)
         return [code.dot4(x[i][j], a, b[j]) for j in range(acc.nr)]
 
-    return _update(acc, (acc, A, _N, _N, B, _N), vectors, row, lo, hi)
+    return _update(acc, (acc, A, OFFSET, OFFSET, B, OFFSET), vectors, row, lo, hi)
 
 
-@_intrinsic
+@tile_intrinsic
 def dot4(typing, acc, A, ia, lda, B, ib):
     """acc[i, j, l] += sum_{t<4} A[ia + i lda + t] B[ib + 4 (j L + l) + t]; A uint8, B int8, exact.
 
@@ -418,91 +262,13 @@ def dot4(typing, acc, A, ia, lda, B, ib):
     return _dot4("dot4", acc, A, B)
 
 
-@_intrinsic
+@tile_intrinsic
 def dot4_rows(typing, acc, A, ia, lda, B, ib, lo, hi):
     """As `dot4`, in rows lo <= i < hi only. A is not read for others; constants save branches."""
     return _dot4("dot4_rows", acc, A, B, lo, hi)
 
 
-def _columns(code: Any, x: Any, count: int, bounds: Any, static: Any, column: Any) -> Any:
-    """Apply column(c, x), which gives new vectors by row, for each c < count within the bounds."""
-    x, b = [list(row) for row in x], code.builder
-    for c in range(count):
-        if static:
-            if static[0] <= c < static[1]:
-                for i, v in column(c, x).items():
-                    x[i] = [v]
-            continue
-        lo, hi = bounds
-        inside = b.and_(b.icmp_signed("<=", lo, I64(c)), b.icmp_signed("<", I64(c), hi))
-        before = b.block
-        with b.if_then(inside):
-            new, end = column(c, x), b.block
-        for i, v in new.items():
-            phi = b.phi(v.type)
-            phi.add_incoming(x[i][0], before)
-            phi.add_incoming(v, end)
-            x[i] = [phi]
-    return x
-
-
-def _slide(name: str, acc: Any, X: Any, cols: Any, *tiles: Any) -> Any:
-    """How a column of X is loaded: whole, or its first `cols` elements if that is no constant."""
-    _tile(name, acc, *tiles)
-    _array(name, X, acc.dtype)
-    part = not isinstance(cols, types.IntegerLiteral)
-
-    def load(code, X, ix, ld, c, cols):
-        if part:
-            return code.masked(code.at(X, ix, c, ld), acc.vector, code.mask(cols, acc.lanes))
-        return code.load(code.at(X, ix, c, ld), acc.vector)
-
-    return load, _N if part else cols
-
-
-@_intrinsic
-def slide(typing, acc, w, step, X, ix, ld, lo, hi, cols):
-    """acc[o] += sum_k w[k] x[o step + k], x[c] = X[ix + c ld : + L], of columns lo <= c < hi only.
-
-    acc and w have one vector a row, step is a constant. Each x[c] is loaded once; only its first
-    `cols` elements, unless that is a constant. Constant lo and hi save the branches.
-    """
-    load, kind = _slide("slide", acc, X, cols, w)
-    S, static = constant(step), static_bounds(lo, hi)
-
-    def emit(code, acc, w, step, X, ix, ld, lo, hi, cols):
-        def column(c, rows):
-            pairs = [(o, c - o * S) for o in range(len(rows)) if 0 <= c - o * S < len(w)]
-            x = load(code, X, ix, ld, c, cols) if pairs else None
-            return {o: code.fma(x, w[k][0], rows[o][0]) for o, k in pairs}
-
-        return _columns(code, acc, (len(acc) - 1) * S + len(w), (lo, hi), static, column)
-
-    return _primitive(acc, (acc, w, step, X, _N, _N, *_bounds(lo, hi), kind), emit)
-
-
-@_intrinsic
-def slide_sums(typing, acc, g, step, taps, X, ix, ld, lo, hi, cols):
-    """acc[r taps + k] += sum_o g[o] x[o step + k] of o with o % (mr / taps) = r; see `slide`.
-
-    Several sums for each k, so that additions need not wait for each other.
-    """
-    load, kind = _slide("slide_sums", acc, X, cols, g)
-    S, K, static = constant(step), constant(taps), static_bounds(lo, hi)
-
-    def emit(code, acc, g, step, taps, X, ix, ld, lo, hi, cols):
-        def column(c, rows):
-            pairs = [(o, c - o * S) for o in range(len(g)) if 0 <= c - o * S < K]
-            x = load(code, X, ix, ld, c, cols) if pairs else None
-            target = {o: o * K % len(rows) + k for o, k in pairs}
-            return {i: code.fma(x, g[o][0], rows[i][0]) for o, i in target.items()}
-
-        return _columns(code, acc, (len(g) - 1) * S + K, (lo, hi), static, column)
-
-    return _primitive(acc, (acc, g, step, taps, X, _N, _N, *_bounds(lo, hi), kind), emit)
-
-
-@_intrinsic
+@tile_intrinsic
 def rolled(typing):
     """No instruction: LLVM leaves the loop that calls it as it is.
 
@@ -511,13 +277,13 @@ def rolled(typing):
     """
 
     def emit(code):
-        if len(_level.rows) == len(_16_REGISTERS):
+        if len(_levels.CHOSEN.rows) == len(_levels.REGISTERS_16):
             return
         nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", True)
         # One of LLVM's own attributes, which llvmlite's list of known ones lacks.
         set.add(code.builder.call(nothing, []).attributes, "noduplicate")
 
-    return _primitive(types.void, (), emit)
+    return primitive(types.void, (), emit)
 
 
 # --- element by element ---------------------------------------------------------------------------
@@ -525,7 +291,7 @@ def rolled(typing):
 
 def _elementwise(name: str, op: Callable[..., Any], *tiles: Any) -> Any:
     """op(code, x[i, j], y[i, j], ...), of the first tile's shape."""
-    _tile(name, *tiles)
+    check_tile(name, *tiles)
     x = tiles[0]
     for y in tiles[1:]:
         if y.vector != x.vector or y.mr not in (1, x.mr) or y.nr not in (1, x.nr):
@@ -540,7 +306,7 @@ def _elementwise(name: str, op: Callable[..., Any], *tiles: Any) -> Any:
             [op(code, *(pick(v, i, j) for v in values)) for j in range(x.nr)] for i in range(x.mr)
         ]
 
-    return _primitive(x, tiles, emit)
+    return primitive(x, tiles, emit)
 
 
 def _arithmetic(name: str, x: Any, y: Any) -> Any:
@@ -549,25 +315,25 @@ def _arithmetic(name: str, x: Any, y: Any) -> Any:
     return _elementwise(name, lambda code, p, q: getattr(code.builder, prefix + name)(p, q), x, y)
 
 
-@_intrinsic
+@tile_intrinsic
 def add(typing, x, y):
     """x + y."""
     return _arithmetic("add", x, y)
 
 
-@_intrinsic
+@tile_intrinsic
 def sub(typing, x, y):
     """x - y."""
     return _arithmetic("sub", x, y)
 
 
-@_intrinsic
+@tile_intrinsic
 def mul(typing, x, y):
     """x y."""
     return _arithmetic("mul", x, y)
 
 
-@_intrinsic
+@tile_intrinsic
 def fma(typing, acc, x, y):
     """acc + x y, rounded once where the processor can."""
     return _elementwise("fma", lambda code, z, p, q: code.fma(p, q, z), acc, x, y)
@@ -579,7 +345,7 @@ def _select(code: Any, sign: str, p: Any, q: Any, yes: Any, no: Any) -> Any:
     return code.builder.select(compare(sign, p, q), yes, no)
 
 
-@_intrinsic
+@tile_intrinsic
 def maximum(typing, x, y):
     """y where x < y, else x: max, where NaN in x stays and NaN in y is passed over.
 
@@ -588,7 +354,7 @@ def maximum(typing, x, y):
     return _elementwise("maximum", lambda code, p, q: _select(code, "<", p, q, q, p), x, y)
 
 
-@_intrinsic
+@tile_intrinsic
 def greater(typing, x, y, p, q):
     """p where x > y, else q: NaN in x or y gives q. All of x's shape, or broadcast to it."""
     return _elementwise(
@@ -596,10 +362,10 @@ def greater(typing, x, y, p, q):
     )
 
 
-@_intrinsic
+@tile_intrinsic
 def above(typing, x, y, p, q):
     """p where x > y, or x is NaN and y is not; else q. p and q of one type, with x's lanes."""
-    _tile("above", x, y, p, q)
+    check_tile("above", x, y, p, q)
     if x != y or p != q or (x.mr, x.nr, x.lanes) != (p.mr, p.nr, p.lanes):
         raise TypingError(f"simd.above: {x}, {y}, {p}, {q} do not fit")
 
@@ -611,10 +377,10 @@ def above(typing, x, y, p, q):
 
         return [[pick(*v) for v in zip(*r, strict=True)] for r in zip(*tiles, strict=True)]
 
-    return _primitive(p, (x, y, p, q), emit)
+    return primitive(p, (x, y, p, q), emit)
 
 
-@_intrinsic
+@tile_intrinsic
 def gate(typing, g, y):
     """0 where y <= 0, else g: the gradient of ReLU from its result y, NaN in y lets g pass."""
 
@@ -625,10 +391,10 @@ def gate(typing, g, y):
     return _elementwise("gate", op, g, y)
 
 
-@_intrinsic
+@tile_intrinsic
 def row_sum(typing, x, i):
     """sum_{j, l} x[i, j, l], a number; i a constant. Vectors are added first, then halves."""
-    _tile("row_sum", x)
+    check_tile("row_sum", x)
     row = constant(i)
 
     def emit(code, x, i):
@@ -643,13 +409,13 @@ def row_sum(typing, x, i):
             total = plus(code.shuffle(total, total, low), code.shuffle(total, total, high))
         return code.builder.extract_element(total, I32(0))
 
-    return _primitive(x.dtype, (x, i), emit)
+    return primitive(x.dtype, (x, i), emit)
 
 
-@_intrinsic
+@tile_intrinsic
 def transpose(typing, x):
     """y[i, 0, l] = x[l, 0, i] of a square block: L rows of one vector."""
-    _tile("transpose", x)
+    check_tile("transpose", x)
     if (x.mr, x.nr) != (x.lanes, 1):
         raise TypingError(f"simd.transpose: expected {x.lanes} rows of one vector, got {x}")
 
@@ -666,31 +432,31 @@ def transpose(typing, x):
             step *= 2
         return [[row] for row in v]
 
-    return _primitive(x, (x,), emit)
+    return primitive(x, (x,), emit)
 
 
 # --- storing --------------------------------------------------------------------------------------
 
 
 def _store(name: str, x: Any, C: Any, write: Callable[..., Any]) -> Any:
-    _tile(name, x)
-    _array(name, C, x.dtype)
+    check_tile(name, x)
+    check_array(name, C, x.dtype)
 
     def emit(code, x, C, ic, ldc):
         for i, row in enumerate(x):
             for j, v in enumerate(row):
                 write(code, v, code.at(C, ic, i, ldc, j * v.type.count))
 
-    return _primitive(types.void, (x, C, _N, _N), emit)
+    return primitive(types.void, (x, C, OFFSET, OFFSET), emit)
 
 
-@_intrinsic
+@tile_intrinsic
 def store(typing, x, C, ic, ldc):
     """C[ic + i ldc + j L : + L] = x[i, j]."""
     return _store("store", x, C, lambda code, v, pointer: code.store(v, pointer))
 
 
-@_intrinsic
+@tile_intrinsic
 def stream(typing, x, C, ic, ldc):
     """As `store`, past the caches where the address is a multiple of the vector's bytes.
 
@@ -698,7 +464,7 @@ def stream(typing, x, C, ic, ldc):
     """
 
     def write(code, v, pointer):
-        b, size = code.builder, _level.vector_bytes
+        b, size = code.builder, _levels.CHOSEN.vector_bytes
         low = b.and_(b.ptrtoint(pointer, I64), I64(size - 1))
         with b.if_else(b.icmp_unsigned("==", low, I64(0))) as (aligned, other):
             with aligned:
@@ -710,20 +476,20 @@ def stream(typing, x, C, ic, ldc):
     return _store("stream", x, C, write)
 
 
-@_intrinsic
+@tile_intrinsic
 def fence(typing):
     """Makes what `stream` wrote visible to other threads."""
-    return _primitive(types.void, (), lambda code: code.builder.fence("seq_cst") and None)
+    return primitive(types.void, (), lambda code: code.builder.fence("seq_cst") and None)
 
 
-@_intrinsic
+@tile_intrinsic
 def store_part(typing, x, C, ic, ldc, lo, hi, cols):
     """As `store`, in rows lo <= i < hi and the first `cols` elements of each row.
 
     Memory outside that part is not written. lo and hi may vary; constants save the branches.
     """
-    _tile("store_part", x)
-    _array("store_part", C, x.dtype)
+    check_tile("store_part", x)
+    check_array("store_part", C, x.dtype)
     vec, L, static = x.vector, x.lanes, static_bounds(lo, hi)
 
     def emit(code, x, C, ic, ldc, lo, hi, cols):
@@ -736,4 +502,4 @@ def store_part(typing, x, C, ic, ldc, lo, hi, cols):
 
         code.rows_within(*(static or (lo, hi)), len(x), row)
 
-    return _primitive(types.void, (x, C, _N, _N, *_bounds(lo, hi), _N), emit)
+    return primitive(types.void, (x, C, OFFSET, OFFSET, *bound_types(lo, hi), OFFSET), emit)

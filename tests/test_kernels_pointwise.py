@@ -20,6 +20,7 @@ SIZES = st.tuples(st.integers(1, 9), st.integers(1, 7), st.integers(1, 100)).fla
     st.permutations
 )
 LARGE = [
+    (200, 70, 33),
     (70, 300, 530),
     (40, 1100, 150),
     (33, 259, 5),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numba import types
 
-from kernels import _jit, product, simd
+from kernels import _jit, _levels, product, simd
 from kernels._jit import jit
 
 MR, NR = simd.TILE
@@ -383,8 +383,8 @@ def test_no_register_of_the_main_loop_is_kept_in_memory(nr, dtype):
 
 def print_neon_code():
     """Run in a process of its own: from here on tiles are NEON's."""
-    simd._level, simd.LEVEL = simd.LEVELS["neon"], "neon"
-    simd.ROWS = (simd._level.rows[0], *simd._level.rows)
+    _levels.CHOSEN, _levels.LEVEL = simd.LEVELS["neon"], "neon"
+    simd.ROWS = (_levels.CHOSEN.rows[0], *_levels.CHOSEN.rows)
     print(*product_kernel(4, np.float32).inspect_llvm().values())
 
 
