@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import operator
@@ -13,14 +14,15 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import llvmlite
 import llvmlite.binding as llvm
 import numba
 import numpy as np
-from numba.core.caching import FunctionCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 from numba.core.dispatcher import _DispatcherBase
 
 from kernels import simd
@@ -42,6 +44,8 @@ FASTMATH = frozenset({"contract", "reassoc"})
 # Below this many bytes of memory traffic a parallel region costs more than it gains.
 PARALLEL_BYTES = 256 * 1024
 
+_HERE = Path(__file__).parent
+
 _UNUSED_SECONDS = 30 * 24 * 3600
 
 
@@ -58,7 +62,7 @@ def jit(fn: Callable[..., Any] | None = None, *, parallel: bool = False) -> Any:
             nogil=True, error_model="numpy", fastmath=set(FASTMATH), parallel=parallel
         )(function)
         if not _config.DISABLE_JIT:
-            _enable_cache(dispatcher, "parallel" if parallel else "serial")
+            _enable_cache(dispatcher, parallel)
         return dispatcher
 
     return decorate if fn is None else decorate(fn)
@@ -195,14 +199,34 @@ def user_cache_dir() -> Path:
     return base / "tinynn"
 
 
-def _fingerprint() -> str:
-    """Names everything that compiled code depends on.
+def _sources(file: Path) -> list[Path]:
+    """The file and whatever it imports from this package, directly or not."""
+    found: list[Path] = []
+    left = [file]
+    while left:
+        source = left.pop()
+        if source in found or not source.is_file():
+            continue
+        found.append(source)
+        for node in ast.walk(ast.parse(source.read_bytes())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{a.name}" for a in node.names] + [f"{node.module}"]
+            for name in names:
+                package, _, module = name.partition(".")
+                if package == __package__:
+                    left.append(_HERE / f"{module.partition('.')[0]}.py")
+    return sorted(found, key=lambda source: source.name)
 
-    Numba notices a change in the file of a cached function only, not in the files that it
-    imports, hence the hash over all kernel sources.
+
+def _fingerprint(file: Path) -> str:
+    """Names everything that the code compiled from a file depends on.
+
+    Numba notices a change in the file of a cached function only, by its date, and not in the files
+    that it imports: hence the hash over all of these.
     """
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in _sources(file):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     parts = (
         numba.__version__,
@@ -222,28 +246,71 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:20]
 
 
-def _remove_unused(root: Path, keep: Path) -> None:
-    """Drop caches of other sources or versions that nothing has opened for 30 days."""
+def _cache_directory() -> Path | None:
+    """A writable directory for compiled kernels, without what nothing has used for 30 days."""
+    root = None
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home directory
+        root = user_cache_dir() / "kernels"
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+        _remove_unused(root)
+        return root
+    return None
+
+
+def _remove_unused(root: Path) -> None:
     limit = time.time() - _UNUSED_SECONDS
     with contextlib.suppress(OSError):
         for folder in root.iterdir():
-            if folder != keep and folder.is_dir() and folder.stat().st_mtime < limit:
+            if folder.is_dir() and folder.stat().st_mtime < limit:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _cache_directory() -> Path | None:
-    """The writable directory of this source state, or None. Its time of change marks its use."""
-    try:
-        root = user_cache_dir() / "kernels"
-        directory = root / _fingerprint()
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-        os.utime(directory)
-    except (OSError, RuntimeError):  # RuntimeError: no home directory
+@cache
+def _home(root: Path, file: Path) -> Path:
+    """Where the code compiled from a file lies. Its time of change marks its use."""
+    folder = root / _fingerprint(file)
+    folder.mkdir(exist_ok=True)
+    os.utime(folder)
+    return folder
+
+
+class _SerialLocator(_CacheLocator):
+    """Tells Numba the place, which says all there is to say of the sources: no date is needed."""
+
+    kind = "serial"
+
+    def __init__(self, file: Path) -> None:
+        assert _directory is not None
+        self._path = _home(_directory, file) / self.kind
+
+    @classmethod
+    def from_function(cls, py_func: Callable[..., Any], py_file: str) -> _SerialLocator:
+        return cls(Path(py_file))
+
+    def get_cache_path(self) -> str:
+        return str(self._path)
+
+    def get_source_stamp(self) -> int:
+        return 0
+
+    def get_disambiguator(self) -> None:
         return None
-    _remove_unused(root, directory)
-    return directory
+
+
+class _ParallelLocator(_SerialLocator):
+    """Numba's key does not tell a parallel version from a serial one: it lies elsewhere."""
+
+    kind = "parallel"
+
+
+class _Serial(CompileResultCacheImpl):
+    _locator_classes: ClassVar[list[Any]] = [_SerialLocator]
+
+
+class _Parallel(CompileResultCacheImpl):
+    _locator_classes: ClassVar[list[Any]] = [_ParallelLocator]
 
 
 class _UniqueName:
@@ -264,7 +331,8 @@ class _UniqueName:
 class _Cache(FunctionCache):
     """Numba's cache, whose failures cost time and never the computation."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], parallel: bool) -> None:
+        self._impl_class = _Parallel if parallel else _Serial
         super().__init__(function)
         # A private detail of Numba; where it has changed, Numba's own naming stays.
         file = getattr(self, "_cache_file", None)
@@ -295,18 +363,9 @@ def cache_directory() -> Path | None:
     return _directory
 
 
-def _enable_cache(dispatcher: Any, kind: str) -> None:
-    """Cache `dispatcher` below the project's directory, leaving other users of Numba alone.
-
-    Numba's key does not tell a parallel version from a serial one: each `kind` has its own folder.
-    """
+def _enable_cache(dispatcher: Any, parallel: bool) -> None:
+    """Cache `dispatcher` below the project's directory, leaving other users of Numba alone."""
     if _directory is None:
         return
-    saved = _config.CACHE_DIR
-    _config.CACHE_DIR = str(_directory / kind)
-    try:
-        dispatcher._cache = _Cache(dispatcher.py_func)
-    except (RuntimeError, OSError):  # RuntimeError: Numba found no place it can write to
-        return
-    finally:
-        _config.CACHE_DIR = saved
+    with contextlib.suppress(RuntimeError, OSError):  # no place that it can write to
+        dispatcher._cache = _Cache(dispatcher.py_func, parallel)

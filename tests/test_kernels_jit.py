@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from numba.core.caching import IndexDataCacheFile
 
-from kernels import _jit
+from kernels import _jit, conv
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache directory that functions jitted in the test use."""
     monkeypatch.setenv("TINYNN_CACHE", str(tmp_path))
     directory = _jit._cache_directory()
-    assert directory is not None and tmp_path in directory.parents
+    assert directory == tmp_path / "kernels"
     monkeypatch.setattr(_jit, "_directory", directory)
     return directory
 
@@ -101,7 +102,7 @@ def test_damaged_cache_file(cache, pattern):
 
 
 def test_caches_unused_for_a_month_are_removed(cache):
-    old, recent = cache.parent / "old", cache.parent / "recent"
+    old, recent = cache / "old", cache / "recent"
     for folder, days in ((old, 31), (recent, 29)):
         folder.mkdir()
         (folder / "code.nbc").write_bytes(b"x")
@@ -109,14 +110,44 @@ def test_caches_unused_for_a_month_are_removed(cache):
         os.utime(folder, (then, then))
     assert _jit._cache_directory() == cache
     assert not old.exists()
-    assert recent.exists() and cache.exists()
+    assert recent.exists()
 
 
-def test_directory_follows_the_sources(monkeypatch):
-    here = _jit._fingerprint()
-    assert here == _jit._fingerprint()
-    monkeypatch.setattr(_jit, "__file__", __file__)
-    assert here != _jit._fingerprint()
+def test_a_kernel_depends_on_what_it_imports_and_on_nothing_else() -> None:
+    names = {source.stem for source in _jit._sources(Path(conv.__file__))}
+    assert {"conv", "_jit", "simd", "_emit", "product", "geometry", "memory"} <= names
+    assert not {"pool", "loss", "optimizer"} & names
+
+
+def test_the_place_follows_the_sources(tmp_path, monkeypatch):
+    for name, imports in (("a", "from kernels import b"), ("b", "import kernels.c"), ("c", "")):
+        (tmp_path / f"{name}.py").write_text(imports)
+    monkeypatch.setattr(_jit, "_HERE", tmp_path)
+    before = _jit._fingerprint(tmp_path / "a.py")
+    assert before == _jit._fingerprint(tmp_path / "a.py")
+    (tmp_path / "d.py").write_text("x = 1")
+    assert before == _jit._fingerprint(tmp_path / "a.py")
+    (tmp_path / "c.py").write_text("x = 1")
+    assert before != _jit._fingerprint(tmp_path / "a.py")
+
+
+def test_a_copy_of_the_sources_uses_the_same_code(tmp_path):
+    root = Path(_jit.__file__).parents[1]
+    shutil.copytree(root / "kernels", tmp_path / "kernels")
+    environment = {**os.environ, "TINYNN_CACHE": str(tmp_path / "cache")}
+    hits = []
+    for folder in (root, tmp_path):
+        child = subprocess.run(
+            [sys.executable, "-c", CHILD],
+            env={**environment, "PYTHONPATH": str(folder)},
+            input="float32\n",
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=folder,
+        )
+        hits.append(int(child.stdout.split()[-1]))
+    assert hits == [0, 1]
 
 
 def test_data_files_have_names_of_their_own(cache):
