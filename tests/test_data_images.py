@@ -186,6 +186,15 @@ def test_an_abandoned_epoch_leaves_no_thread():
     assert set(threading.enumerate()) == before
 
 
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_the_time_without_a_batch_is_counted(prefetch):
+    batches = dataset().batches(4, np.random.default_rng(0), FULL, prefetch=prefetch)
+    assert batches.waited == 0
+    for _ in batches:
+        before = batches.waited
+    assert 0 < before <= batches.waited
+
+
 def test_batches_never_change_what_was_handed_out():
     batches = dataset().batches(4, np.random.default_rng(0), FULL)
     kept = [(x, x.copy()) for x, _ in batches]

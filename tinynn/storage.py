@@ -35,7 +35,7 @@ def write_bytes(path: PathLike, content: bytes) -> None:
     """
     target = Path(path)
     temporary = None
-    _remove_abandoned(target)
+    remove_abandoned(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
@@ -135,7 +135,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _remove_abandoned(target: Path) -> None:
+def remove_abandoned(target: Path) -> None:
     """Remove what a process that was killed while it wrote `target` left behind."""
     with contextlib.suppress(OSError, ValueError):
         for file in target.parent.glob(f".{target.name}.*"):

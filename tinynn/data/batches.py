@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -201,7 +201,7 @@ class Batches:
         x = _gather(self._x, epoch.order, start, stop)
         return x, x if self._y is None else _gather(self._y, epoch.order, start, stop)
 
-    def _walk(self, epoch: Epoch) -> Iterator[tuple[Array, Array]]:
+    def _walk(self, epoch: Epoch) -> Generator[tuple[Array, Array], None, None]:
         while epoch.done < len(self):
             epoch.done += 1
             yield self._batch(epoch, epoch.done - 1)

@@ -13,11 +13,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from tinynn.data.published import Remote
 from tinynn.errors import DataNotFoundError, OutputError
+from tinynn.storage import remove_abandoned
 
 _ATTEMPTS = 3
 _TIMEOUT = 30  # seconds without a byte
@@ -60,7 +62,7 @@ def _download(address: str, remote: Remote, target: Path) -> None:
     digest = hashlib.sha256()
     with (
         urllib.request.urlopen(address, timeout=_TIMEOUT) as answer,
-        _temporary(target) as (file, path),
+        _temporary(target) as file,
         tqdm(total=remote.size, unit="B", unit_scale=True, desc=remote.name, disable=None) as bar,
     ):
         received = 0
@@ -69,46 +71,45 @@ def _download(address: str, remote: Remote, target: Path) -> None:
             if received > remote.size:
                 raise ValueError(f"required {remote.size} bytes; came more")
             digest.update(part)
-            _write(file, part, target)
+            with _writing(target):
+                file.write(part)
             bar.update(len(part))
         if received < remote.size:
             raise ConnectionError(f"required {remote.size} bytes; came {received}")
         if digest.hexdigest() != remote.sha256:
             raise ValueError(f"required SHA-256 {remote.sha256}; came {digest.hexdigest()}")
-        try:
-            os.fsync(file)
-            os.chmod(path, 0o644)  # a temporary file is private, a data set is not
-            os.replace(path, target)
-        except OSError as error:
-            raise _cannot_write(target, error) from error
+        with _writing(target):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            os.chmod(file.name, 0o644)  # a temporary file is private, a data set is not
+            os.replace(file.name, target)
 
 
 @contextlib.contextmanager
-def _temporary(target: Path) -> Iterator[tuple[int, str]]:
-    """(descriptor, path) of a new file beside the target; gone afterwards unless it was renamed."""
-    try:
+def _temporary(target: Path) -> Iterator[Any]:
+    """A new file beside the target; gone afterwards unless it was renamed."""
+    with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        file, path = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as error:
-        raise _cannot_write(target, error) from error
+        remove_abandoned(target)
+        file = tempfile.NamedTemporaryFile(  # noqa: SIM115
+            dir=target.parent, prefix=f".{target.name}.", delete=False
+        )
     try:
-        yield file, path
+        yield file
     finally:
-        os.close(file)
         with contextlib.suppress(OSError):
-            os.unlink(path)
+            file.close()
+        with contextlib.suppress(OSError):
+            os.unlink(file.name)
 
 
-def _write(file: int, part: bytes, target: Path) -> None:
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
     try:
-        while part:
-            part = part[os.write(file, part) :]
+        yield
     except OSError as error:
-        raise _cannot_write(target, error) from error
-
-
-def _cannot_write(target: Path, error: OSError) -> OutputError:
-    return OutputError(error.errno, f"cannot write {target} ({error.strerror})")
+        raise OutputError(error.errno, f"cannot write {target} ({error.strerror})") from error
 
 
 def _transient(error: Exception) -> bool:

@@ -10,7 +10,7 @@ from typing import IO, NoReturn, cast
 from tinynn.errors import FileFormatError
 
 #: no data set that is read here is larger than this, unpacked
-LIMIT = 1 << 30
+LIMIT = 1 << 29
 
 _GZIP = b"\x1f\x8b"
 _CHUNK = 1 << 20

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +102,8 @@ class ImageBatches(Batches):
     All that Batches promises holds, resuming in the middle of an epoch included: each batch draws
     from a generator of its own, which only the epoch and the batch's number determine. A thread
     prepares up to `prefetch` batches ahead, outside the interpreter's lock; with 0, each is made
-    when it is asked for. Both give the same bits. `take(n)` is for looking: without augmentation.
+    when it is asked for. Both give the same bits. `waited` is the time in seconds that iterating
+    has spent without a batch, in all. `take(n)` is for looking: without augmentation.
 
     Raises like Batches, and ConfigError for a random `augment` without `rng` and for a prefetch
     that is no whole number >= 0.
@@ -130,6 +133,7 @@ class ImageBatches(Batches):
         super().__init__(images, labels, size, rng, shuffle, drop_last)
         self.augment = augment
         self.prefetch = int(prefetch)
+        self.waited = 0.0
         augment.evaluation()(self._x[:1])  # refuses images that do not fit
 
     def take(self, n: int) -> ImageBatches:
@@ -160,10 +164,18 @@ class ImageBatches(Batches):
         x = self.augment(self._x, rng, rows)
         return x, x if self._y is None else self._y[rows]
 
-    def _walk(self, epoch: Epoch) -> Iterator[tuple[Array, Array]]:
-        if not self.prefetch:
-            yield from super()._walk(epoch)
-            return
+    def _walk(self, epoch: Epoch) -> Generator[tuple[Array, Array], None, None]:
+        with closing(self._ahead(epoch) if self.prefetch else super()._walk(epoch)) as batches:
+            while True:
+                asked = time.perf_counter()
+                batch = next(batches, None)
+                self.waited += time.perf_counter() - asked
+                if batch is None:
+                    return
+                yield batch
+
+    def _ahead(self, epoch: Epoch) -> Generator[tuple[Array, Array], None, None]:
+        """The batches of an epoch from a thread that is always `prefetch` of them ahead."""
         ahead: deque[Future[tuple[Array, Array]]] = deque()
         with ThreadPoolExecutor(1, "batches") as pool:
             try:
