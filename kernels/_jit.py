@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import llvmlite
 import llvmlite.binding as llvm
@@ -306,11 +306,11 @@ class _ParallelLocator(_SerialLocator):
 
 
 class _Serial(CompileResultCacheImpl):
-    _locator_classes: ClassVar[list[Any]] = [_SerialLocator]
+    _locator_classes: list[Any] = [_SerialLocator]
 
 
 class _Parallel(CompileResultCacheImpl):
-    _locator_classes: ClassVar[list[Any]] = [_ParallelLocator]
+    _locator_classes: list[Any] = [_ParallelLocator]
 
 
 class _UniqueName:
