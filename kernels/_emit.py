@@ -87,11 +87,14 @@ class Code:
         It would reach each row from the one before, twelve additions that wait for each other.
         """
         if row >= 4:
-            far = self.builder.mul(ld, I64(row // 4 * 4))
-            same = ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0")
-            far = self.builder.call(same, [far], attrs=("readnone", "nounwind"))
+            far = self.unrelated(self.builder.mul(ld, I64(row // 4 * 4)))
             offset = self.builder.add(offset, far)
         return self.at(base, offset, row % 4, ld)
+
+    def unrelated(self, value: Any) -> Any:
+        """The same int64, of which LLVM cannot tell how it was made."""
+        same = ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0")
+        return self.builder.call(same, [value], attrs=("readnone", "nounwind"))
 
     def splat(self, scalar: Any, lanes: int) -> Any:
         kind = ir.VectorType(scalar.type, lanes)

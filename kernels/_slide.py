@@ -7,14 +7,16 @@ They are primitives of `kernels.simd`, which says what a tile is, and are called
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from numba import types
+from numba.core import cgutils
 
-from kernels._emit import I64, constant, static_bounds
+from kernels._emit import I64, constant
 from kernels._primitive import (
     OFFSET,
-    bound_types,
     check_array,
     check_tile,
     primitive,
@@ -22,79 +24,95 @@ from kernels._primitive import (
 )
 
 
-def _columns(code: Any, x: Any, count: int, bounds: Any, static: Any, column: Any) -> Any:
-    """Apply column(c, x), which gives new vectors by row, for each c < count within the bounds."""
-    x, b = [list(row) for row in x], code.builder
-    for c in range(count):
-        if static:
-            if static[0] <= c < static[1]:
-                for i, v in column(c, x).items():
-                    x[i] = [v]
-            continue
-        lo, hi = bounds
-        inside = b.and_(b.icmp_signed("<=", lo, I64(c)), b.icmp_signed("<", I64(c), hi))
-        before = b.block
-        with b.if_then(inside):
-            new, end = column(c, x), b.block
-        for i, v in new.items():
-            phi = b.phi(v.type)
-            phi.add_incoming(x[i][0], before)
-            phi.add_incoming(v, end)
-            x[i] = [phi]
-    return x
+def _guarded(code: Any, x: Any, place: Any, size: Any, update: Any) -> Any:
+    """update(x) if 0 <= place < size, else x: behind a branch."""
+    b = code.builder
+    before = b.block
+    with b.if_then(b.icmp_unsigned("<", place, size)):
+        new, end = update(x), b.block
+    merged = []
+    for (was,), (now,) in zip(x, new, strict=True):
+        phi = b.phi(was.type)
+        phi.add_incoming(was, before)
+        phi.add_incoming(now, end)
+        merged.append([phi])
+    return merged
 
 
-def _slide(name: str, acc: Any, X: Any, cols: Any, *tiles: Any) -> Any:
-    """How a column of X is loaded: whole, or its first `cols` elements if that is no constant."""
-    check_tile(name, acc, *tiles)
+def _slide(name: str, args: tuple[Any, ...], pixels: int, pairs: Callable[..., Any]) -> Any:
+    """acc[i] += x[k, c] y[j] for each (i, j) of pairs(k, c), with the arguments of `slide`."""
+    acc, y, kh, kw, step, edge, X, *_, cols = args
+    check_tile(name, acc, y)
     check_array(name, X, acc.dtype)
     part = not isinstance(cols, types.IntegerLiteral)
+    height, width = constant(kh), (pixels - 1) * constant(step) + constant(kw)
+    sure = range(constant(edge), width - constant(edge))
 
-    def load(code, X, ix, ld, c, cols):
-        if part:
-            return code.masked(code.at(X, ix, c, ld), acc.vector, code.mask(cols, acc.lanes))
-        return code.load(code.at(X, ix, c, ld), acc.vector)
+    def emit(code, x, y, kh, kw, step, edge, X, ix, strides, rows, columns, cols):
+        b, mask = code.builder, code.mask(cols, acc.lanes) if part else None
+        (down, right), (y0, dy, H), (x0, dx, N) = (
+            cgutils.unpack_tuple(b, t) for t in (strides, rows, columns)
+        )
 
-    return load, OFFSET if part else cols
+        def place(start, step, n):
+            return b.add(start, b.mul(step, I64(n)))
+
+        def column(start, k, c, x):
+            at = code.row_of(X, start, c, right)
+            v = code.masked(at, acc.vector, mask) if part else code.load(at, acc.vector)
+            x = list(x)
+            for i, j in pairs(k, c):
+                x[i] = [code.fma(v, y[j][0], x[i][0])]
+            return x
+
+        def window_row(k, x):
+            start = code.unrelated(place(ix, down, k))  # few addresses at a time
+            for c in (c for c in range(width) if pairs(k, c)):
+                update = partial(column, start, k, c)
+                x = update(x) if c in sure else _guarded(code, x, place(x0, dx, c), N, update)
+            return x
+
+        for k in range(height):
+            x = _guarded(code, x, place(y0, dy, k), H, partial(window_row, k))
+        return x
+
+    three = types.UniTuple(OFFSET, 3)
+    kinds = (acc, y, kh, kw, step, edge, X, OFFSET, types.UniTuple(OFFSET, 2), three, three)
+    return primitive(acc, (*kinds, OFFSET if part else cols), emit)
 
 
 @tile_intrinsic
-def slide(typing, acc, w, step, X, ix, ld, lo, hi, cols):
-    """acc[o] += sum_k w[k] x[o step + k], x[c] = X[ix + c ld : + L], of columns lo <= c < hi only.
+def slide(typing, acc, w, kh, kw, step, edge, X, ix, strides, rows, columns, cols):
+    """acc[o] += sum_{k < kh, t < kw} w[k kw + t] x[k, o step + t], neighbouring pixels o.
 
-    acc and w have one vector a row, step is a constant. Each x[c] is loaded once; only its first
-    `cols` elements, unless that is a constant. Constant lo and hi save the branches.
+    x[k, c] = X[ix + k down + c right : + L], strides = (down, right), where it lies in the image:
+    rows = (y0, dy, H) and columns = (x0, dx, N) say that it does if 0 <= y0 + k dy < H and
+    0 <= x0 + c dx < N. The caller knows that all columns do but the first and last `edge`, which
+    saves their branches. acc and w have one vector a row; kh, kw, step and edge are constants. Each
+    x[k, c] is loaded once; only its first `cols` elements, unless that is a constant.
     """
-    load, kind = _slide("slide", acc, X, cols, w)
-    S, static = constant(step), static_bounds(lo, hi)
+    K, S = constant(kw), constant(step)
 
-    def emit(code, acc, w, step, X, ix, ld, lo, hi, cols):
-        def column(c, rows):
-            pairs = [(o, c - o * S) for o in range(len(rows)) if 0 <= c - o * S < len(w)]
-            x = load(code, X, ix, ld, c, cols) if pairs else None
-            return {o: code.fma(x, w[k][0], rows[o][0]) for o, k in pairs}
+    def pairs(k, c):
+        return [(o, k * K + c - o * S) for o in range(acc.mr) if 0 <= c - o * S < K]
 
-        return _columns(code, acc, (len(acc) - 1) * S + len(w), (lo, hi), static, column)
-
-    return primitive(acc, (acc, w, step, X, OFFSET, OFFSET, *bound_types(lo, hi), kind), emit)
+    args = (acc, w, kh, kw, step, edge, X, ix, strides, rows, columns, cols)
+    return _slide("slide", args, acc.mr, pairs)
 
 
 @tile_intrinsic
-def slide_sums(typing, acc, g, step, taps, X, ix, ld, lo, hi, cols):
-    """acc[r taps + k] += sum_o g[o] x[o step + k] of o with o % (mr / taps) = r; see `slide`.
+def slide_sums(typing, acc, g, kh, kw, step, edge, X, ix, strides, rows, columns, cols):
+    """acc[r kh kw + k kw + t] += sum_o g[o] x[k, o step + t] of pixels o = r (mod copies).
 
-    Several sums for each k, so that additions need not wait for each other.
+    copies = rows of acc / (kh kw): so many additions to one weight are under way at once. All else
+    as in `slide`.
     """
-    load, kind = _slide("slide_sums", acc, X, cols, g)
-    S, K, static = constant(step), constant(taps), static_bounds(lo, hi)
+    K, S = constant(kw), constant(step)
+    taps = constant(kh) * K
 
-    def emit(code, acc, g, step, taps, X, ix, ld, lo, hi, cols):
-        def column(c, rows):
-            pairs = [(o, c - o * S) for o in range(len(g)) if 0 <= c - o * S < K]
-            x = load(code, X, ix, ld, c, cols) if pairs else None
-            target = {o: o * K % len(rows) + k for o, k in pairs}
-            return {i: code.fma(x, g[o][0], rows[i][0]) for o, i in target.items()}
+    def pairs(k, c):
+        inside = [(o, c - o * S) for o in range(g.mr) if 0 <= c - o * S < K]
+        return [(o * taps % acc.mr + k * K + t, o) for o, t in inside]
 
-        return _columns(code, acc, (len(g) - 1) * S + K, (lo, hi), static, column)
-
-    return primitive(acc, (acc, g, step, taps, X, OFFSET, OFFSET, *bound_types(lo, hi), kind), emit)
+    args = (acc, g, kh, kw, step, edge, X, ix, strides, rows, columns, cols)
+    return _slide("slide_sums", args, g.mr, pairs)

@@ -6,16 +6,18 @@ kernel it holds `kw` weights of its channels in registers, and loads each input 
 
     acc[o] += w[ky, k] x[iy, ix + o s + k],   0 <= o < mr, 0 <= k < kw     (simd.slide)
 
-A tile that hangs over the border skips the columns that do not exist. Kernels whose rows have 3 or
-5 weights without gaps have code of their own; all others take one weight at a time (kw = 1), where
-a tile's columns lie a stride apart.
+A tile that hangs over the border skips the columns that do not exist; only columns that may not are
+behind branches (free of `//`: a division costs as much as a dozen multiply-adds). Kernels whose
+rows have 3 or 5 weights without gaps have code of their own; all others take one weight at a time
+(kw = 1), where a tile's columns lie a stride apart.
 
 The gradient by the input is the same computation with the kernel turned around. With a stride s,
 pixels iy = r (mod s) get contributions from the kernel rows of one residue only: each of the
 s x s phases is a convolution of stride 1 with a part of the kernel, whose results lie s apart.
 
-The gradient by the weights keeps the sums of one kernel row in registers (simd.slide_sums) over a
-block of rows that stays in the first-level cache.
+The gradient by the weights keeps the sums of a whole kernel in registers (simd.slide_sums) over a
+block of rows, one vector of channels after the other. Reading every fourth cache line, say, defeats
+the processor's own prefetching: while one block is computed, the next is asked for in order.
 
 R > 1 results a channel are computed as R copies of the channel.
 """
@@ -34,11 +36,13 @@ from numba import prange
 
 from kernels import memory, simd
 from kernels._jit import Variants, prepared
-from kernels.geometry import Window
+from kernels.geometry import Pair, Window
 
 _TASKS = 16  # wanted at least; also the most chunks of a sum
-_TILES = (8, 6, 4)  # rows of a tile to choose from: for few registers, and little left over
-_BLOCK_BYTES = 24 * 1024  # of rows that are read several times: they stay in the nearest cache
+_TILES = (8, 7, 6, 4, 2)  # rows of a tile to choose from
+_REGISTERS = 32 if simd.TILE[1] > 2 else 16
+_ROOM = 6  # registers wanted beside the sums of a kernel
+_BLOCK_BYTES = 256 * 1024  # of rows that are read several times: they stay in the second cache
 _STREAM_BYTES = 8 << 20  # results from here on leave no room in the caches for what they displace
 
 
@@ -46,6 +50,8 @@ _STREAM_BYTES = 8 << 20  # results from here on leave no room in the caches for 
 
 
 def _correlate(mr: int, kw: int, step: int, narrow: bool) -> Any:
+    edge = kw - 1
+
     def correlate(X, W, bias, low, Y, phases, parts, streaming):
         # Y[b, qy + oy py, qx + ox px, c] =
         #     max(bias[c] + sum_{ky, kx} X[b, iy, ix, c] W[first + ky KW + kx, c], low)
@@ -63,18 +69,19 @@ def _correlate(mr: int, kw: int, step: int, narrow: bool) -> Any:
                 first, sy, sx, dy, dx = phases[f, :5]
                 qy, py, rows, KH, top = phases[f, 5:10]
                 qx, px, columns, KW, left = phases[f, 10:15]
-                ld, unit = (C, 1) if kw > 1 else (sx * C, sx)
+                right, unit = (C, 1) if kw > 1 else (sx * C, sx)
+                ld, one = (0, right), (0, 1, 1)
                 for oy in range(rows * part // parts, rows * (part + 1) // parts):
                     y0 = oy * sy - top
                     ky_lo, ky_hi = max(0, -(y0 // dy)), min(KH, -((y0 - H) // dy))
-                    ahead = (b * H + y0 + (KH - 1) * dy + 1) * N  # rows that the next oy needs
-                    for ox in range(0, columns, mr):
+                    ahead = (b * H + y0 + (KH - 1) * dy + 1) * N * C  # what the next oy needs
+                    for ox0 in range(0, columns, mr):
+                        ox = min(ox0, columns - mr) if kw > 1 else ox0  # the last moves back
                         for c0 in range(0, C, L):
                             c = max(0, min(c0, C - L))  # the last moves back
-                            for r in range(sy):
-                                for s in range(sx):
-                                    ix = (ahead + r * N + ox * sx + s) * C + c
-                                    simd.prefetch(mr, X, ix, sx * C)
+                            for n in range(sy * sx):  # this tile's share of it
+                                i = ahead + ((ox0 * C + c0 * mr) * sx * sy + n * mr * L)
+                                simd.prefetch(mr, X, i, L)
                             acc = simd.load(mr, 1, bias, c, 0)
                             for ky in range(ky_lo, ky_hi):
                                 row = (b * H + y0 + ky * dy) * N
@@ -85,14 +92,19 @@ def _correlate(mr: int, kw: int, step: int, narrow: bool) -> Any:
                                     x0 = ox * sx - left + kx * dx
                                     ix = (row + x0) * C + c
                                     last = x0 + ((mr - 1) * step + kw - 1) * unit
-                                    if x0 >= 0 and last < N and not narrow:
-                                        acc = simd.slide(acc, w, step, X, ix, ld, 0, 99, 0)
+                                    across = x0, unit, N
+                                    if narrow:
+                                        acc = simd.slide(
+                                            acc, w, 1, kw, step, 99, X, ix, ld, one, across, C
+                                        )
+                                    elif kw > 1 or (x0 >= 0 and last < N):
+                                        acc = simd.slide(
+                                            acc, w, 1, kw, step, edge, X, ix, ld, one, across, 0
+                                        )
                                     else:
-                                        lo, hi = -(x0 // unit), -((x0 - N) // unit)
-                                        if narrow:
-                                            acc = simd.slide(acc, w, step, X, ix, ld, lo, hi, C)
-                                        else:
-                                            acc = simd.slide(acc, w, step, X, ix, ld, lo, hi, 0)
+                                        acc = simd.slide(
+                                            acc, w, 1, kw, step, 99, X, ix, ld, one, across, 0
+                                        )
                             acc = simd.maximum(acc, simd.fill(1, 1, Y, low))
                             iy = ((b * OH + qy + oy * py) * ON + qx + ox * px) * C + c
                             if narrow or ox + mr > columns:
@@ -107,81 +119,84 @@ def _correlate(mr: int, kw: int, step: int, narrow: bool) -> Any:
     return correlate
 
 
-def _sums(mr: int, kw: int, step: int, copies: int) -> Any:
-    height = copies * kw
+def _sums(mr: int, kh: int, kw: int, step: int, copies: int, narrow: bool) -> Any:
+    height = copies * kh * kw
+    edge = kw - 1 if kw > 1 else mr  # columns that may lie outside the image
 
-    def sums(G, X, P, geometry, parts):
-        # P[chunk, v, ky, g, :, l] = parts of sum_{b, oy, ox} X[b, iy, ix, c] G[b, oy, ox, c]
-        # iy = oy sy - top + ky dy, ix = ox sx - left + (g kw + k) dx, inside X
-        # c is channel of vector v, lane l
-        # X (B, H, N, C), G (B, OH, ON, C), P (chunks, vectors, KH, KW / kw, copies kw, L), zero
+    def sums(G, X, P, GW, geometry, parts):
+        # GW[ky, kx, c] = sum_{b, oy, ox} X[b, iy, ix, c] G[b, oy, ox, c]
+        # iy = oy sy - top + ky dy, ix = ox sx - left + kx dx, where they lie inside X
+        # X (B, H, N, C), G (B, OH, ON, C), GW (KH, KW, C)
+        # P[chunk, v, p, q, (r kh + k) kw + t, l] = part of that for ky = p kh + k, kx = q kw + t
+        # and channel c of vector v, lane l; r < copies. P starts at zero
         B, H, N, C = X.shape
         OH, ON = G.shape[1:3]
-        chunks, vectors, KH, groups = P.shape[:4]
+        KH, KW = GW.shape[:2]
+        chunks, vectors = P.shape[:2]
         L = simd.lanes(X)
         sy, sx, dy, dx, top, left = geometry
-        ld, unit = (C, 1) if kw > 1 else (sx * C, sx)
-        tiles = 0 if C < L else ON // mr
+        right, unit = (C, 1) if kw > 1 else (sx * C, sx)
+        ld = dy * N * C, right
+        tiles = 0 if narrow else ON // mr
         for chunk in prange(chunks):
             for block in range(B * parts * chunk // chunks, B * parts * (chunk + 1) // chunks):
                 b, part = block // parts, block % parts
                 first, end = OH * part // parts, OH * (part + 1) // parts
-                ahead = end - first
+                next_g, next_x = (b * OH + end) * ON * C, (b * H + end * sy) * N * C
                 for v in range(vectors):
                     c = max(0, min(v * L, C - L))  # the last moves back
-                    for ky in range(KH):
-                        above = ky * dy - top
-                        oy_lo, oy_hi = max(first, -(above // sy)), min(end, -((above - H) // sy))
-                        for g in range(groups):
-                            ip = (((chunk * vectors + v) * KH + ky) * groups + g) * height * L
+                    ip = (chunk * vectors + v) * copies * KH * KW * L
+                    for ky in range(0, KH, kh):
+                        for kx in range(0, KW, kw):
                             acc = simd.load(height, 1, P, ip, L)
-                            x_lo = g * kw * dx - left  # of ox = 0
-                            reach = ((mr - 1) * step + kw - 1) * unit
-                            t_lo = min(tiles, max(0, -(x_lo // (mr * sx))))
-                            t_hi = min(tiles, (N - 1 - reach - x_lo) // (mr * sx) + 1)
-                            inner = max(0, t_hi - t_lo)
-                            for oy in range(oy_lo, oy_hi):
-                                ix = ((b * H + oy * sy + above) * N + x_lo) * C + c
+                            for oy in range(first, end):
+                                y0 = oy * sy + ky * dy - top
+                                down = y0, dy, H
+                                iy = (b * H + y0) * N * C + c
                                 ig = (b * OH + oy) * ON * C + c
-                                if ky == KH // 2 and g == 0:  # what the next block needs
-                                    for ox in range(0, ON, mr):
-                                        i = ig + (ahead * ON + ox) * C
-                                        simd.prefetch(mr, G, i, C)
-                                        for r in range(sy):
-                                            for s in range(sx):
-                                                i = ((ahead * sy + r) * N + ox * sx + s) * C
-                                                simd.prefetch(mr, X, ix + i, sx * C)
-                                for t in range(t_lo, t_lo + inner):
+                                for t in range(tiles):
                                     simd.rolled()
-                                    pixels = simd.load(mr, 1, G, ig + t * mr * C, C)
-                                    i = ix + t * mr * sx * C
-                                    acc = simd.slide_sums(acc, pixels, step, kw, X, i, ld, 0, 99, 0)
-                                for e in range(tiles - inner):
-                                    t = e if e < t_lo else e + inner
-                                    x0 = x_lo + t * mr * sx
-                                    lo, hi = -(x0 // unit), -((x0 - N) // unit)
-                                    pixels = simd.load(mr, 1, G, ig + t * mr * C, C)
-                                    i = ix + t * mr * sx * C
+                                    if ky == 0 and kx == 0:  # this tile's share of the next block
+                                        i = ((v * (end - first) + oy - first) * tiles + t) * mr * L
+                                        simd.prefetch(mr, G, next_g + i, L)
+                                        for n in range(sy * sx):
+                                            ix = next_x + (i * sy * sx + n * mr * L)
+                                            simd.prefetch(mr, X, ix, L)
+                                    x0 = t * mr * sx + kx * dx - left
+                                    across = x0, unit, N
+                                    g = simd.load(mr, 1, G, ig + t * mr * C, C)
+                                    ix = iy + x0 * C
                                     acc = simd.slide_sums(
-                                        acc, pixels, step, kw, X, i, ld, lo, hi, 0
+                                        acc, g, kh, kw, step, edge, X, ix, ld, down, across, 0
                                     )
                                 for ox in range(tiles * mr, ON):
-                                    x0 = x_lo + ox * sx
-                                    lo, hi = -(x0 // unit), -((x0 - N) // unit)
-                                    pixels = simd.load_part(1, 1, G, ig + ox * C, C, 0, 1, C - c)
-                                    acc = simd.slide_sums(
-                                        acc,
-                                        pixels,
-                                        step,
-                                        kw,
-                                        X,
-                                        ix + ox * sx * C,
-                                        ld,
-                                        lo,
-                                        hi,
-                                        C - c,
-                                    )
+                                    simd.rolled()
+                                    x0 = ox * sx + kx * dx - left
+                                    across = x0, unit, N
+                                    ix = iy + x0 * C
+                                    if narrow:
+                                        g = simd.load_part(1, 1, G, ig + ox * C, C, 0, 1, C)
+                                        acc = simd.slide_sums(
+                                            acc, g, kh, kw, step, 99, X, ix, ld, down, across, C
+                                        )
+                                    else:
+                                        g = simd.load(1, 1, G, ig + ox * C, C)
+                                        acc = simd.slide_sums(
+                                            acc, g, kh, kw, step, 99, X, ix, ld, down, across, 0
+                                        )
                             simd.store(acc, P, ip, L)
+                            ip += height * L
+        for v in range(vectors):
+            c = max(0, min(v * L, C - L))
+            for ky in range(KH):
+                for kx in range(KW):
+                    acc = simd.zeros(1, 1, P)
+                    group = (ky // kh * (KW // kw) + kx // kw) * height + ky % kh * kw + kx % kw
+                    for chunk in range(chunks):
+                        for r in range(copies):
+                            ip = (chunk * vectors + v) * copies * KH * KW + group + r * kh * kw
+                            acc = simd.add(acc, simd.load(1, 1, P, ip * L, L))
+                    simd.store_part(acc, GW, (ky * KW + kx) * C + c, C, 0, 1, C - c)
 
     return sums
 
@@ -192,13 +207,8 @@ def _correlate_kernel(mr: int, kw: int, step: int, narrow: bool) -> Variants:
 
 
 @cache
-def _sums_kernel(mr: int, kw: int, step: int) -> Variants:
-    return Variants(_sums(mr, kw, step, _copies(kw)))
-
-
-def _copies(kw: int) -> int:
-    """Sums for each weight, so that at least four additions are on their way at once."""
-    return -(-4 // kw)
+def _sums_kernel(mr: int, kh: int, kw: int, step: int, copies: int, narrow: bool) -> Variants:
+    return Variants(_sums(mr, kh, kw, step, copies, narrow))
 
 
 # --- plans ----------------------------------------------------------------------------------------
@@ -224,9 +234,9 @@ class _Plan(NamedTuple):
 
 
 def _plan(
-    axes: list[tuple[_Axis, _Axis]], stride: tuple[int, int], width: int, special: bool
+    axes: list[tuple[_Axis, _Axis]], stride: tuple[int, int], width: int, special: Pair
 ) -> _Plan:
-    """The phases of a kernel with rows of `width`; whether they may have code of their own."""
+    """The phases of a kernel with rows of `width`; `special` code for one that is alone."""
     table: list[tuple[int, ...]] = []
     order: list[int] = []
     for y, x in axes:
@@ -234,19 +244,21 @@ def _plan(
         table.append((len(order), *stride, y.d, x.d, *sizes[0], *sizes[1]))
         order += [ky * width + kx for ky in y.taps for kx in x.taps]
     columns = max(x.results for _, x in axes)
-    tile = min(_TILES, key=lambda mr: -(-columns // mr) * mr)
-    kw, step = 1, 1
-    if special and len(axes) == 1:
-        kw, step = _special(len(axes[0][1].taps), stride[1], axes[0][1].d)
-    if not special:
-        tile = _TILES[0]
+    kw, step = special if len(axes) == 1 else (1, 1)
+    fitting = [n for n in _TILES if n <= columns] if kw > 1 else _TILES[:1]
+    tile = min(fitting or [1], key=lambda n: -(-columns // n) * (n + 1))
     moved = order != list(range(len(order)))
     return _Plan(np.array(table), tile, kw, step, np.array(order) if moved else None)
 
 
-def _special(kernel: int, stride: int, dilation: int) -> tuple[int, int]:
-    """(kw, step) of the code for rows of a kernel."""
-    return (kernel, stride) if kernel in (3, 5) and stride <= 2 and dilation == 1 else (1, 1)
+def _special(win: Window, pays: bool) -> Pair:
+    """(kw, step) of the code for rows of a kernel: of their own if it pays, else (1, 1).
+
+    Their tiles hang over the border by less than a kernel.
+    """
+    kernel, stride = win.kernel[1], win.stride[1]
+    simple = kernel in (3, 5) and stride <= 2 and win.dilation[1] == 1
+    return (kernel, stride) if pays and simple and max(win.padding[1]) < kernel else (1, 1)
 
 
 @lru_cache(1024)
@@ -258,7 +270,7 @@ def _forward_plan(height: int, width: int, win: Window, special: bool) -> _Plan:
             (rows, columns), win.kernel, win.padding, win.dilation, strict=True
         )
     )
-    return _plan([(y, x)], win.stride, win.kernel[1], special)
+    return _plan([(y, x)], win.stride, win.kernel[1], _special(win, special))
 
 
 @lru_cache(1024)
@@ -274,7 +286,8 @@ def _backward_plan(height: int, width: int, win: Window, special: bool) -> _Plan
             origin = (r + before - taps[0] * d) // s if taps else 0
             phases.append(_Axis(r, s, -(-(n - r) // s), taps, -origin, d // math.gcd(s, d)))
         by_axis.append(phases)
-    return _plan([(y, x) for y in by_axis[0] for x in by_axis[1]], (1, 1), win.kernel[1], special)
+    phases = [(y, x) for y in by_axis[0] for x in by_axis[1]]
+    return _plan(phases, (1, 1), win.kernel[1], _special(win, special and win.stride == (1, 1)))
 
 
 def _run(
@@ -382,29 +395,20 @@ def depthwise2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.
     x = _repeated(x, factor)
     B, OH, OW, results = grad.shape
     L = simd.LANES * 4 // x.itemsize
-    kw, step, tile = 1, 1, _TILES[0]
-    if _hot(x.dtype, results):
-        kw, step = _special(win.kernel[1], win.stride[1], win.dilation[1])
-        tile = min(_TILES, key=lambda mr: OW // mr * mr + 3 * (OW % mr))
-    line, extra = x.strides[1], win.kernel[0] - win.stride[0]
-    rows = (_BLOCK_BYTES - extra * line) // (grad.strides[1] + win.stride[0] * line)
-    rows = max(1, rows)
-    parts = -(-OH // rows)
+    kh, (kw, step), copies = 1, _special(win, _hot(x.dtype, results)), 4
+    if kw > 1:
+        whole = win.kernel[0] * kw + _ROOM <= _REGISTERS
+        kh, copies = (win.kernel[0], -(-4 // (win.kernel[0] * kw))) if whole else (1, 2)
+    fitting = [n for n in _TILES if copies * kh * kw + n <= _REGISTERS - 3] or _TILES[-1:]
+    mr = min(fitting, key=lambda n: OW // n * (n + 1) + OW % n * 3)
+    line = x.strides[1] * win.stride[0] + grad.strides[1]
+    parts = -(-OH // max(1, _BLOCK_BYTES // line))
     chunks = min(_TASKS, B * parts)
-    vectors, groups, height = -(-results // L), win.kernel[1] // kw, _copies(kw) * kw
-    sums = np.zeros((chunks, vectors, win.kernel[0], groups, height, L), x.dtype)
+    P = np.zeros((chunks, -(-results // L), copies * win.kernel[0] * win.kernel[1], L), x.dtype)
     geometry = (*win.stride, *win.dilation, win.padding[0][0], win.padding[1][0])
-    kernel = _sums_kernel(tile, kw, step)
-    kernel.choose(x.nbytes + grad.nbytes)(grad, x, sums, geometry, parts)
-    # Over outer axes, in order, by NumPy: (vectors, KH, KW, L)
-    total = sums.sum(axis=0).reshape(vectors, *win.kernel[:1], groups, -1, kw, L).sum(axis=3)
-    total = total.reshape(vectors, *win.kernel, L).transpose(1, 2, 0, 3)
     gw = np.empty((*win.kernel, results), x.dtype)
-    whole = results // L * L
-    gw[..., :whole] = total[:, :, : whole // L].reshape(*win.kernel, whole)
-    if whole < results:
-        start = max(0, results - L)
-        gw[..., start:] = total[:, :, -1, : results - start]
+    kernel = _sums_kernel(mr, kh, kw, step, copies, results < L)
+    kernel.choose(x.nbytes + grad.nbytes)(grad, x, P, gw, geometry, parts)
     return gw.reshape(*win.kernel, channels, factor)
 
 

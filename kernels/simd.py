@@ -145,14 +145,17 @@ def load_part(typing, mr, nr, X, ix, ld, lo, hi, cols):
 
 @tile_intrinsic
 def prefetch(typing, mr, X, ix, ld):
-    """Asks for the cache lines of X[ix + i ld], i < mr, ahead of their use; any address will do."""
+    """Asks for the cache lines of X[ix + i ld], i < mr, ahead of their use; any address will do.
+
+    Into the second-level cache. Cheap only for lines that follow each other.
+    """
     check_array("prefetch", X, *SCALARS)
     count = constant(mr)
 
     def emit(code, mr, X, ix, ld):
         for i in range(count):
             pointer = code.builder.bitcast(code.at(X, ix, i, ld), I8.as_pointer())
-            args = (pointer, I32(0), I32(3), I32(1))  # to read, into all levels, data
+            args = (pointer, I32(0), I32(2), I32(1))  # to read, not into the first level, data
             code.call("llvm.prefetch.p0", ir.VoidType(), *args)
 
     return primitive(types.void, (mr, X, OFFSET, OFFSET), emit)
