@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy.typing as npt
 
 from tinynn.errors import GraphError
 from tinynn.graph.groups import Group, find_groups
 from tinynn.graph.parts import Kind, Node, Value
+from tinynn.graph.picture import draw
 from tinynn.nn.module import Module, mode, running_module
 from tinynn.op import Op
 from tinynn.tensor import Tensor, no_grad, recording
@@ -25,6 +27,10 @@ class Graph:
     def groups(self) -> list[Group]:
         """The channel groups in the order in which the network computes them: see `find_groups`."""
         return find_groups(self.nodes, self.input, self.output)
+
+    def draw(self, path: str | Path) -> None:
+        """Write a picture of the graph to `path`, SVG or PNG by its ending: see `picture.draw`."""
+        draw(self.nodes, self.input, path)
 
 
 def trace(model: Module, example: npt.ArrayLike | Tensor) -> Graph:
