@@ -95,8 +95,11 @@ def moved(op: Op, channels: Sequence[Array], shapes: Sequence[tuple[int, ...]]) 
     """
     if isinstance(op, Pad):
         op = replace(op, value=-1.0)
-    full = [np.broadcast_to(n, shape) for n, shape in zip(channels, shapes, strict=True)]
-    out = op.forward(*full)[0]
+    full = [  # as floats, which every kernel takes; they hold whole numbers exactly
+        np.ascontiguousarray(np.broadcast_to(n, shape), np.float64)
+        for n, shape in zip(channels, shapes, strict=True)
+    ]
+    out = op.forward(*full)[0].astype(np.int64)
     if not out.ndim:
         return None
     rows = out.reshape(-1, out.shape[-1])
