@@ -67,12 +67,13 @@ class Optimizer:
         self._lr = self._at_least_zero("lr", value)
 
     def step(self) -> None:
-        """Move every parameter that has a gradient; masked weights stay zero."""
+        """Move every parameter that has a gradient; masks and codes of Parameters hold."""
         for p, state, terms in zip(self.params, self._state, self._terms, strict=True):
-            if p._grad is not None:
+            if p._grad is not None and isinstance(p, Parameter):
+                self._update(p.mutate(), p.pooled(p._grad), state, terms)
+                p.hold()
+            elif p._grad is not None:
                 self._update(p.mutate(), p._grad, state, terms)
-                if isinstance(p, Parameter):
-                    p.apply_mask()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

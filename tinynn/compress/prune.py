@@ -99,7 +99,7 @@ def rebuilt(model: Module, arrays: Mapping[str, Array]) -> Module:
     """A copy of `model` whose parameters, by dotted path, are these arrays of whatever size.
 
     Buffers that `arrays` names change likewise. Parameters that are not trained stay so, and zeros
-    of masked ones stay masked.
+    of masked ones stay masked, equal values of those with codes share them.
     """
     out = model.copy()
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -109,6 +109,9 @@ def rebuilt(model: Module, arrays: Mapping[str, Array]) -> Module:
         new[id(old)].requires_grad = trained[name]
         if old.mask is not None:
             new[id(old)].mask = arrays[name] != 0
+        if old.codes is not None:
+            equal = np.unique(arrays[name], return_inverse=True)[1]
+            new[id(old)].codes = equal.reshape(arrays[name].shape)
     for path, module in out.named_modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, Parameter):

@@ -191,7 +191,7 @@ def weights(
 
 def apply(model: Module, score: Score, keep: Keep, *, only: Collection[str] | None = None) -> None:
     """The same on the model itself: for training, whose optimiser holds these parameters."""
-    chosen = _chosen(model, only)
+    chosen = weights_of(model, only)
     scores = {}
     for name, p in chosen.items():
         values = np.asarray(score(name, p.data), np.float64)
@@ -213,17 +213,18 @@ def apply(model: Module, score: Score, keep: Keep, *, only: Collection[str] | No
 
 def freeze_zeros(model: Module, *, only: Collection[str] | None = None) -> None:
     """Mask what is zero, for instance in a sparse model that was loaded from a file."""
-    for p in _chosen(model, only).values():
+    for p in weights_of(model, only).values():
         p.mask = p.data != 0
 
 
 def density(model: Module) -> float:
     """The share of weights that are not zero."""
-    chosen = _chosen(model, None).values()
+    chosen = weights_of(model, None).values()
     return sum(np.count_nonzero(p.data) for p in chosen) / sum(p.size for p in chosen)
 
 
-def _chosen(model: Module, only: Collection[str] | None) -> dict[str, Parameter]:
+def weights_of(model: Module, only: Collection[str] | None) -> dict[str, Parameter]:
+    """The parameters with two axes or more, or those that `only` names, by dotted path."""
     found = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
     if only is not None and (unknown := sorted(set(only) - found.keys())):
         raise PruneError(f"sparsify: no weights {unknown}; there are {sorted(found)}")

@@ -40,13 +40,19 @@ def running_module() -> Module | None:
 
 
 class Parameter(Tensor):
-    """A leaf that is trained. Where its `mask` is false it is zero, and optimisers keep it so."""
+    """A leaf that is trained.
 
-    __slots__ = ("_mask",)
+    Where its `mask` is false it is zero, where its `codes` are equal its values are; optimisers
+    keep both so.
+    """
+
+    __slots__ = ("_codes", "_first", "_mask")
 
     def __init__(self, values: npt.ArrayLike, *, copy: bool = True) -> None:
         super().__init__(values, requires_grad=True, copy=copy)
         self._mask: Array | None = None
+        self._codes: Array | None = None
+        self._first = np.zeros(0, np.intp)  #: where each code's value stands in the flat array
 
     @property
     def mask(self) -> Array | None:
@@ -55,26 +61,66 @@ class Parameter(Tensor):
 
     @mask.setter
     def mask(self, mask: npt.ArrayLike | None) -> None:
-        if mask is None:
-            self._mask = None
-            return
-        kept = np.array(mask)
-        if kept.shape != self.shape or kept.dtype != np.bool_:
-            raise ShapeError(
-                f"Parameter.mask: required booleans {self.shape}; came {kept.dtype} {kept.shape}"
-            )
-        kept.flags.writeable = False
-        self._mask = kept
-        self.apply_mask()
+        self._mask = None if mask is None else self._constraint("mask", mask, "b")
+        self._constrain()
 
-    def apply_mask(self) -> None:
-        """Set what the mask excludes to zero, whatever it is (a product would leave NaN)."""
+    @property
+    def codes(self) -> Array | None:
+        """Numbers of the parameter's shape, read-only, or None. Files do not hold codes.
+
+        Weights of one number have one value, that of their first, and move by the sum of their
+        gradients, as entries of a code book do (Han et al. 2016, "Deep Compression", section 3.3);
+        penalties act on each value once. Weights that are masked share nothing. Numbers lie between
+        0 and the parameter's size.
+        """
+        return self._codes
+
+    @codes.setter
+    def codes(self, codes: npt.ArrayLike | None) -> None:
+        self._codes = None if codes is None else self._constraint("codes", codes, "iu")
+        self._constrain()
+
+    def hold(self) -> None:
+        """Make equal what shares a code, and zero (a product would leave NaN) what is masked."""
+        if self._codes is not None:
+            self.mutate()[...] = self._data.ravel()[self._first][self._codes]
         if self._mask is not None:
             np.copyto(self.mutate(), 0, where=~self._mask)
 
+    def pooled(self, grad: Array) -> Array:
+        """What moves each weight: `grad`, or its sum over all weights of the same code."""
+        if self._codes is None:
+            return grad
+        single = grad if self._mask is None else np.where(self._mask, grad, 0)
+        sums = np.bincount(self._codes.ravel(), single.ravel(), len(self._first))
+        return sums[self._codes].astype(grad.dtype)
+
+    def _constraint(self, name: str, values: npt.ArrayLike, kinds: str) -> Array:
+        array = np.array(values)
+        fits = array.shape == self.shape and array.dtype.kind in kinds
+        if not fits or (
+            kinds != "b" and array.size and not 0 <= array.min() <= array.max() < array.size
+        ):
+            required = "booleans" if kinds == "b" else f"integers from 0 to {self.size - 1}"
+            raise ShapeError(
+                f"Parameter.{name}: required {required} {self.shape}; came {array.dtype} "
+                f"{array.shape}"
+            )
+        array = array if kinds == "b" else array.astype(np.intp)
+        array.flags.writeable = False
+        return array
+
+    def _constrain(self) -> None:
+        if self._codes is not None:
+            self._first = np.zeros(int(self._codes.max(initial=-1)) + 1, np.intp)
+            free = np.arange(self.size) if self._mask is None else np.flatnonzero(self._mask)
+            used, first = np.unique(self._codes.ravel()[free], return_index=True)
+            self._first[used] = free[first]
+        self.hold()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
         out = self.like(self._data)
-        out._mask = self._mask
+        out._mask, out._codes, out._first = self._mask, self._codes, self._first
         return out
 
     def like(self, values: npt.ArrayLike) -> Parameter:
@@ -217,7 +263,7 @@ class Module:
             target = value.mutate() if isinstance(value, Tensor) else value
             target[...] = state[name]
             if isinstance(value, Parameter):
-                value.apply_mask()
+                value.hold()
 
     def copy(self: Self) -> Self:
         """An independent model with the same values; gradients and history stay behind."""

@@ -1,0 +1,29 @@
+"""Put other modules in the place of some of a model's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tinynn.errors import ConfigError
+from tinynn.nn.module import Module
+
+
+def exchange(model: Module, new: Mapping[str, Module]) -> Module:
+    """A copy of `model` with these modules at these dotted paths, in the old ones' order and mode.
+
+    A module that stands in several places is exchanged in all of them. The new modules are taken
+    as they are, not copied. Raises ConfigError for a path at which there is no module, and for "",
+    the model itself.
+    """
+    out = model.copy()
+    modules = dict(out.named_modules())
+    if wrong := sorted(path for path in new if not path or path not in modules):
+        raise ConfigError(f"exchange: no modules {wrong} inside {type(model).__name__}")
+    by_identity = {id(modules[path]): module for path, module in new.items()}
+    for path, module in new.items():
+        module.train(modules[path].training)
+    for parent in modules.values():
+        for name, child in list(parent.named_children()):
+            if id(child) in by_identity:
+                setattr(parent, name, by_identity[id(child)])
+    return out
