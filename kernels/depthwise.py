@@ -286,8 +286,8 @@ def _backward_plan(height: int, width: int, win: Window, special: bool) -> _Plan
             origin = (r + before - taps[0] * d) // s if taps else 0
             phases.append(_Axis(r, s, -(-(n - r) // s), taps, -origin, d // math.gcd(s, d)))
         by_axis.append(phases)
-    phases = [(y, x) for y in by_axis[0] for x in by_axis[1]]
-    return _plan(phases, (1, 1), win.kernel[1], _special(win, special and win.stride == (1, 1)))
+    pairs = [(y, x) for y in by_axis[0] for x in by_axis[1]]
+    return _plan(pairs, (1, 1), win.kernel[1], _special(win, special and win.stride == (1, 1)))
 
 
 def _run(

@@ -82,6 +82,9 @@ def _loop_over(op: Callable[[Any, Any], Any]) -> Any:
     return loop
 
 
+_SMALL_BYTES = 16 * 1024  # of operands for which asking costs more than it gains
+
+
 class Arithmetic:
     """A function of two arrays with NumPy's broadcasting: NumPy's own, or a loop on all threads.
 
@@ -94,6 +97,8 @@ class Arithmetic:
 
     def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Of arrays whose shapes broadcast. Raises ValueError where they do not."""
+        if a.nbytes + b.nbytes < _SMALL_BYTES:
+            return np.asarray(self._ufunc(a, b))
         shape = a.shape if a.shape == b.shape else np.broadcast_shapes(a.shape, b.shape)
         if a.dtype != b.dtype or a.dtype not in FLOATS:
             return np.asarray(self._ufunc(a, b))
