@@ -139,6 +139,10 @@ TORCH: dict[str, Any] = {
     "sigmoid": lambda T, op, x: x.sigmoid(),
     "matmul": lambda T, op, a, b: a @ b,
     "linear": lambda T, op, x, w, b: (x @ w + b).relu() if op.relu else x @ w + b,
+    "additive": lambda T, op, x, w: x.sign() @ w + x @ w.sign(),
+    "additive_conv2d": lambda T, op, x, w: (
+        torch_conv(T, op, x.sign(), w, None) + torch_conv(T, op, x, w.sign(), None)
+    ),
     "sum": lambda T, op, x: x.sum(op.axes, keepdim=op.keepdims),
     "max": lambda T, op, x: x.amax(op.axes, keepdim=op.keepdims),
     "reshape": lambda T, op, x: x.reshape(op.shape),

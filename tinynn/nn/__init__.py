@@ -1,5 +1,6 @@
 """Layers and models."""
 
+from tinynn.nn.additive import AdditiveConv2d, AdditiveLinear
 from tinynn.nn.blocks import (
     Add,
     BottleneckBlock,
@@ -27,6 +28,8 @@ from tinynn.nn.serialize import load, save
 
 __all__ = [
     "Add",
+    "AdditiveConv2d",
+    "AdditiveLinear",
     "AvgPool2d",
     "BatchNorm",
     "BottleneckBlock",

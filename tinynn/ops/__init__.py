@@ -1,6 +1,7 @@
 """The ops as functions on Tensors. Importing this package gives Tensor its methods too."""
 
 from tinynn import tensor as _tensor
+from tinynn.ops.additive import additive_conv2d, additive_linear
 from tinynn.ops.conv import conv2d, conv_transpose2d, depthwise_conv2d
 from tinynn.ops.elementwise import (
     absolute,
@@ -29,6 +30,8 @@ from tinynn.ops.shape import concat, flatten, index, pad, reshape, take, transpo
 __all__ = [
     "absolute",
     "add",
+    "additive_conv2d",
+    "additive_linear",
     "avg_pool2d",
     "batchnorm",
     "batchnorm_eval",

@@ -1,0 +1,229 @@
+"""Layers whose weights are stored in fewer bits and decoded while they run.
+
+Weights are a stream, row by row of the matrix (K, N), decoded sixteen at a time (`simd_decode`).
+Decoding inside the register tile would repeat it for every six rows of x, and the tile has no
+register left for it. So some rows of the matrix are decoded into a buffer that stays in the
+second-level cache, and the dense tile runs over them for all rows of x before the next are decoded:
+
+    Y[m, n] += sum X[m, k] D[k, n],  k in this part of the rows
+
+Each weight is decoded once for up to 240 rows of x. For one row of x, which is limited by the
+memory the weights come from, there is less to read.
+
+A convolution decodes all its weights first, once a call, and runs as `kernels.conv`.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import prange
+
+from kernels import conv, memory, simd, simd_decode
+from kernels._jit import Variants, get_threads, prepared, worth_threads
+from kernels.geometry import Window
+from kernels.product import _aligned
+
+SLACK = 32  # bytes behind a stream that may be read
+_BUFFER_BYTES = 128 * 1024
+_BLOCK_ROWS = 240  # of x, for which weights are decoded once
+_PARTS = 16  # of the sum over k, where x has few rows
+
+
+def _all(kind: int) -> Any:
+    def decode_all(S, book, columns, D):
+        # D (weights,) = the whole stream
+        size = D.size
+        pieces = (size + 4095) // 4096
+        for piece in prange(pieces):
+            for i in range(piece * 4096, min(size, piece * 4096 + 4096), 16):
+                count = min(16, size - i)
+                simd_decode.decode(kind, S, i, book, i % columns, columns, D, i, count)
+
+    return decode_all
+
+
+def _products(kind: int, mr: int, nr: int) -> Any:
+    def products(X, S, book, columns, bias, low, Y, N, block, depth, D):
+        # Y[c, m, n] = max(bias[n] + sum_k X[m, k] W[k, n], low), k of part c only
+        # X (>= mr rows, K), Y (parts, M, N), bias (N,); depth: rows of W decoded at a time, a
+        # multiple of 16; scratch D (slots, depth N + W)
+        parts, M = Y.shape[0], Y.shape[1]
+        rows, K = X.shape
+        W = nr * simd.lanes(Y)
+        steps = (K + depth - 1) // depth
+        blocks = (M + block - 1) // block
+        tasks, slots = parts * blocks, len(D)
+        for slot in prange(slots):
+            d = D[slot]
+            for task in range(tasks * slot // slots, tasks * (slot + 1) // slots):
+                c, r = task // blocks, task % blocks
+                s_lo, s_hi = steps * c // parts, steps * (c + 1) // parts
+                for s in range(s_lo, s_hi):
+                    k_lo, k_hi = s * depth, min(K, s * depth + depth)
+                    base = k_lo * N
+                    for i in range(base, k_hi * N, 16):
+                        count = min(16, k_hi * N - i)
+                        simd_decode.decode(
+                            kind, S, i, book, i % columns, columns, d, i - base, count
+                        )
+                    for n in range(0, N, W):
+                        part = min(W, N - n)
+                        for m in range(r * block, min(M, r * block + block), mr):
+                            start = min(m, rows - mr)
+                            lo, hi = m - start, min(mr, M - start)
+                            iy = (c * M + start) * N + n
+                            acc = simd.zeros(mr, nr, Y)
+                            ix, iw = start * K + k_lo, n
+                            for _ in range(k_hi - k_lo):
+                                simd.rolled()
+                                acc = simd.rank1(acc, X, ix, K, d, iw)
+                                ix += 1
+                                iw += N
+                            if s > s_lo:
+                                acc = simd.add(acc, simd.load_part(mr, nr, Y, iy, N, lo, hi, part))
+                            if s == s_hi - 1:
+                                acc = simd.add(acc, simd.load_part(1, nr, bias, n, 0, 0, 1, part))
+                                acc = simd.maximum(acc, simd.fill(1, nr, Y, low))
+                            if lo == 0 and hi == mr and part == W:
+                                simd.store(acc, Y, iy, N)
+                            else:
+                                simd.store_part(acc, Y, iy, N, lo, hi, part)
+
+    return products
+
+
+class Stream(NamedTuple):
+    """Weights as `simd_decode.decode` takes them."""
+
+    kind: int
+    data: np.ndarray  #: uint8, with `SLACK` bytes behind the last weight
+    book: np.ndarray  #: float32, flat, of 16 entries at least
+    columns: int  #: after which the columns of the book begin again; 16 at least
+
+
+@cache
+def decode_kernel(kind: int) -> Variants:
+    """Of a whole stream: (S, book, columns, D)."""
+    return Variants(_all(kind))
+
+
+@cache
+def product_kernel(kind: int, mr: int, nr: int) -> Variants:
+    """Of a linear layer, for tiles of mr rows and nr vectors: see `_products`."""
+    return Variants(_products(kind, mr, nr))
+
+
+def expand(weights: Stream, shape: tuple[int, ...]) -> np.ndarray:
+    """All weights of a stream, float32, in this shape."""
+    out = memory.empty(shape, np.float32)
+    kind, data, book, columns = weights
+    decode_kernel(kind).choose(out.nbytes)(data, book, columns, out.reshape(-1))
+    return out
+
+
+def linear(
+    name: str,
+    weights: Stream,
+    shape: tuple[int, int],
+    x: np.ndarray,
+    bias: np.ndarray | None,
+    relu: bool,
+    out: np.ndarray | None,
+) -> np.ndarray:
+    """x (M, K) times the weights (K, N) = shape of a stream, + bias (N,), ReLU if asked."""
+    K, N = shape
+    kind, data, book, columns = weights
+    if x.ndim != 2 or x.shape[1] != K:
+        raise ValueError(f"{name}: expected x (M, {K}) for weights {shape}, got {x.shape}")
+    x, added = operands(name, x, bias, N)
+    y = result(name, (len(x), N), out)
+    M = len(x)
+    nr = min(simd.TILE[1], -(-N // simd.LANES))
+    mr = 1 if M < 3 else simd.ROWS[nr]
+    if mr > M:
+        padded = np.zeros((mr, K), np.float32)
+        padded[:M] = x
+        x = padded
+    depth = max(16, _BUFFER_BYTES // (4 * N) // 16 * 16)
+    parallel = worth_threads(M * K * N)
+    blocks = -(-M // _BLOCK_ROWS)
+    parts = 1
+    if parallel and blocks == 1:
+        depth = max(16, min(depth, -(-K // (_PARTS * 16)) * 16))
+        parts = min(_PARTS, -(-K // depth))
+    depth = min(depth, -(-K // 16) * 16)
+    block = -(-M // (blocks * mr)) * mr
+    sums = y.reshape(1, M, N) if parts == 1 else memory.empty((parts, M, N), np.float32)
+    low = np.float32(0 if relu else -np.inf)
+    slots = min(get_threads(), parts * blocks) if parallel else 1
+    scratch = _aligned((slots, depth * N + nr * simd.LANES), x.dtype)
+    run = product_kernel(kind, mr, nr).choose(M * K * N)
+    first = added if parts == 1 else np.zeros_like(added)
+    least = low if parts == 1 else np.float32(-np.inf)
+    run(x, data, book, columns, first, least, sums, N, block, depth, scratch)
+    if parts > 1:
+        np.sum(sums, axis=0, out=y)  # over an outer axis: in order, by NumPy
+        y += added
+        np.maximum(y, low, out=y)
+    return y
+
+
+def conv2d(
+    name: str,
+    weights: Stream,
+    shape: tuple[int, ...],
+    x: np.ndarray,
+    bias: np.ndarray | None,
+    win: Window,
+    relu: bool,
+    out: np.ndarray | None,
+) -> np.ndarray:
+    """`kernels.conv.conv2d` with weights (KH, KW, C, N) = shape of a stream."""
+    if x.ndim != 4 or shape[:3] != (*win.kernel, x.shape[3]):
+        raise ValueError(
+            f"{name}: expected x (B, H, W, C) and weights ({win.kernel[0]}, {win.kernel[1]}, C, N),"
+            f" got {x.shape} and {shape}"
+        )
+    size = (len(x), *win.output(*x.shape[1:3]), shape[3])
+    if win == Window((1, 1)):
+        y = result(name, size, out)
+        flat = y.reshape(-1, shape[3])
+        linear(name, weights, (shape[2], shape[3]), x.reshape(-1, shape[2]), bias, relu, flat)
+        return y
+    x, added = operands(name, x, bias, shape[3])
+    y = conv.conv2d(x, expand(weights, shape), added, win, relu)
+    if out is None:
+        return y
+    result(name, size, out)[...] = y
+    return out
+
+
+def operands(name: str, x: np.ndarray, bias: np.ndarray | None, channels: int) -> Any:
+    """x and bias (zeros for None) as kernels take them; raises TypeError or ValueError."""
+    added = np.zeros(channels, np.float32) if bias is None else bias
+    if x.dtype != np.float32 or added.dtype != np.float32:
+        raise TypeError(f"{name}: expected arrays of float32, got {x.dtype} and {added.dtype}")
+    if added.shape != (channels,):
+        raise ValueError(f"{name}: expected bias ({channels},), got {added.shape}")
+    return prepared(name, x, added)
+
+
+def result(name: str, shape: tuple[int, ...], out: np.ndarray | None) -> np.ndarray:
+    """`out`, if it fits, or a new array. Raises ValueError."""
+    if out is None:
+        return memory.empty(shape, np.float32)
+    if out.shape != shape or out.dtype != np.float32 or not out.flags.carray:
+        raise ValueError(
+            f"{name}: expected out {shape} of float32, C-contiguous, got {out.shape} of {out.dtype}"
+        )
+    return out
+
+
+def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(K, N) of weights (K, N), or of a convolution's, whose taps and channels make the rows."""
+    return int(np.prod(shape[:-1])), shape[-1]
