@@ -14,7 +14,7 @@ from numba import types
 
 from kernels import simd
 from kernels._emit import I8, I16, I32, I64, constant
-from kernels.simd import _N, _array, _intrinsic, _primitive
+from kernels._primitive import OFFSET, check_array, primitive, tile_intrinsic
 
 HALF = 16  # the kind of float16; +bits and -bits are those of a shared book and one a channel
 
@@ -83,7 +83,7 @@ def _gathered(code: Any, places: Any, book: Any) -> Any:
     return found
 
 
-@_intrinsic
+@tile_intrinsic
 def decode(typing, kind, S, i, book, column, columns, D, at, count):
     """D[at : at + count] = the weights from number i on, a multiple of 16; count <= 16.
 
@@ -91,9 +91,9 @@ def decode(typing, kind, S, i, book, column, columns, D, at, count):
     book[code] is the weight. -bits: book[c 2**bits + code] is, c the weight's column: `column` for
     the first, up to `columns`, which is at least 16. S uint8, of which 32 bytes are read.
     """
-    _array("decode", S, types.uint8)
-    _array("decode", book, types.float32)
-    _array("decode", D, types.float32)
+    check_array("decode", S, types.uint8)
+    check_array("decode", book, types.float32)
+    check_array("decode", D, types.float32)
     which = constant(kind)
     bits = abs(which)
 
@@ -122,5 +122,5 @@ def decode(typing, kind, S, i, book, column, columns, D, at, count):
             with some:
                 code.masked(target, _FLOATS, code.mask(count, 16), weights)
 
-    args = (kind, S, _N, book, _N, _N, D, _N, _N)
-    return _primitive(types.void, args, emit)
+    args = (kind, S, OFFSET, book, OFFSET, OFFSET, D, OFFSET, OFFSET)
+    return primitive(types.void, args, emit)

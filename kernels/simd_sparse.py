@@ -14,17 +14,17 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from kernels._emit import I64, SCALARS, Tile, constant
-from kernels.simd import _N, _array, _intrinsic, _lanes, _primitive, _tile
+from kernels._emit import I32, I64, SCALARS, Tile, constant
+from kernels._primitive import OFFSET, check_array, check_tile, lanes_of, primitive, tile_intrinsic
 
 
-@_intrinsic
+@tile_intrinsic
 def rank1_at(typing, acc, A, ia, B, ib, index, ii, width):
     """acc[i, j] += A[ia + i] B[ib + index[ii] width + j L : + L]; index uint8, width a constant."""
-    _tile("rank1_at", acc)
-    _array("rank1_at", A, acc.dtype)
-    _array("rank1_at", B, acc.dtype)
-    _array("rank1_at", index, types.uint8)
+    check_tile("rank1_at", acc)
+    check_array("rank1_at", A, acc.dtype)
+    check_array("rank1_at", B, acc.dtype)
+    check_array("rank1_at", index, types.uint8)
     vec, L, W = acc.vector, acc.lanes, constant(width)
 
     def emit(code, x, A, ia, B, ib, index, ii, width):
@@ -38,24 +38,24 @@ def rank1_at(typing, acc, A, ia, B, ib, index, ii, width):
             out.append([code.fma(a, row[j], x[i][j]) for j in range(acc.nr)])
         return out
 
-    return _primitive(acc, (acc, A, _N, B, _N, index, _N, width), emit)
+    return primitive(acc, (acc, A, OFFSET, B, OFFSET, index, OFFSET, width), emit)
 
 
 def _columns(cols: Any) -> tuple[bool, Any]:
     """Whether only the first `cols` elements of a row are meant: not where it is a constant."""
     part = not isinstance(cols, types.IntegerLiteral)
-    return part, _N if part else cols
+    return part, OFFSET if part else cols
 
 
-@_intrinsic
+@tile_intrinsic
 def load_rows(typing, mr, X, ix, R, at, cols):
     """x[i, 0] = X[ix + R[at + i] : + L], its first `cols` elements unless that is a constant.
 
     0 elsewhere, and in rows with R[at + i] < 0, which are not read.
     """
-    _array("load_rows", X, *SCALARS)
-    _array("load_rows", R, types.int64)
-    tile = Tile(constant(mr), 1, X.dtype, _lanes(X))
+    check_array("load_rows", X, *SCALARS)
+    check_array("load_rows", R, types.int64)
+    tile = Tile(constant(mr), 1, X.dtype, lanes_of(X))
     part, kind = _columns(cols)
 
     def emit(code, mr, X, ix, R, at, cols):
@@ -74,18 +74,18 @@ def load_rows(typing, mr, X, ix, R, at, cols):
                 rows.append([code.load(pointer, tile.vector)])
         return rows
 
-    return _primitive(tile, (mr, X, _N, R, _N, kind), emit)
+    return primitive(tile, (mr, X, OFFSET, R, OFFSET, kind), emit)
 
 
-@_intrinsic
+@tile_intrinsic
 def store_rows(typing, x, C, ic, R, at, cols):
     """C[ic + R[at + i] : + L] = x[i, 0], its first `cols` elements unless that is a constant.
 
     Rows with R[at + i] < 0 are not stored.
     """
-    _tile("store_rows", x)
-    _array("store_rows", C, x.dtype)
-    _array("store_rows", R, types.int64)
+    check_tile("store_rows", x)
+    check_array("store_rows", C, x.dtype)
+    check_array("store_rows", R, types.int64)
     part, kind = _columns(cols)
     L = x.lanes
 
@@ -101,4 +101,59 @@ def store_rows(typing, x, C, ic, R, at, cols):
                 else:
                     code.store(v, pointer)
 
-    return _primitive(types.void, (x, C, _N, R, _N, kind), emit)
+    return primitive(types.void, (x, C, OFFSET, R, OFFSET, kind), emit)
+
+
+@tile_intrinsic
+def dot_at(typing, acc, A, ia, B, ib, index, ii, width, count):
+    """acc[0, 0, l] += A[ia + l] B[ib + index[ii + l // width]], l < count width only.
+
+    acc is one vector; index uint8; width a constant that divides its lanes. If count is a constant,
+    all lanes are meant; else 1 <= count, and nothing beyond is read.
+    """
+    check_tile("dot_at", acc)
+    check_array("dot_at", A, acc.dtype)
+    check_array("dot_at", B, acc.dtype)
+    check_array("dot_at", index, types.uint8)
+    W, L, vec = constant(width), acc.lanes, acc.vector
+    part, kind = _columns(count)
+
+    def emit(code, x, A, ia, B, ib, index, ii, width, count):
+        b = code.builder
+        found = ir.Constant(ir.VectorType(vec.element, L // W), None)
+        for e in range(L // W):
+            inside = b.icmp_signed("<", I64(e), count) if part else None
+            entry = b.select(inside, I64(e), I64(0)) if part else I64(e)
+            place = b.zext(b.load(code.at(index, b.add(ii, entry))), I64)
+            number = b.load(code.at(B, b.add(ib, place)))
+            if part:
+                number = b.select(inside, number, ir.Constant(vec.element, 0))
+            found = b.insert_element(found, number, I32(e))
+        spread = code.shuffle(found, found, [e // W for e in range(L)])
+        if part:
+            a = code.masked(code.at(A, ia), vec, code.mask(b.mul(count, I64(W)), L))
+        else:
+            a = code.load(code.at(A, ia), vec)
+        return [[code.fma(a, spread, x[0][0])]]
+
+    return primitive(acc, (acc, A, OFFSET, B, OFFSET, index, OFFSET, width, kind), emit)
+
+
+@tile_intrinsic
+def add_folded(typing, acc, width, C, ic):
+    """C[ic + w] += the sum of acc[0, 0, l] over l with l % width = w; width a constant."""
+    check_tile("add_folded", acc)
+    check_array("add_folded", C, acc.dtype)
+    W = constant(width)
+
+    def emit(code, x, width, C, ic):
+        b, total = code.builder, x[0][0]
+        while total.type.count > W:
+            half = total.type.count // 2
+            low, high = (list(range(k, k + half)) for k in (0, half))
+            total = b.fadd(code.shuffle(total, total, low), code.shuffle(total, total, high))
+        for w in range(W):
+            pointer = code.at(C, ic, extra=w)
+            b.store(b.fadd(b.load(pointer), b.extract_element(total, I32(w))), pointer)
+
+    return primitive(types.void, (acc, width, C, OFFSET), emit)

@@ -237,28 +237,12 @@ def _blocks(R: int, P: int) -> Any:
     W = P * _LANES
     rows_of_group = _GROUP // R
 
-    def blocks(
-        X,
-        bias,
-        low,
-        Y,
-        values,
-        indices,
-        counts,
-        starts,
-        edges,
-        win,
-        batch_first,
-        parts,
-        flat,
-        T,
-        U,
-        Z,
-    ):
+    def blocks(X, bias, low, Y, weights, win, batch_first, parts, flat, T, U, Z):
         # The formula at the head of the file; a task is W pixels and a part of the groups.
         # X (B, H, V, C), Y (B, OH, OW, N), bias (16 groups,); flat: pixel m reads row m of X, and
         # those of the next block are asked for while this one is multiplied
         # scratch: T (slots, longest chunk, W), U (slots, channels of a part, W), Z (slots, 5, W)
+        values, indices, counts, starts, edges = weights
         _, _, sy, sx, py, px, _, _ = win
         pixels, N = Y.shape[0] * Y.shape[1] * Y.shape[2], Y.shape[3]
         chunks, rows = counts.shape
@@ -319,49 +303,36 @@ def kernel(block: int, vectors: int) -> Variants:
 
 
 def _rows(R: int) -> Any:
-    rows_of_group = _GROUP // R
+    rows_of_group, together = _GROUP // R, _LANES // R
 
-    def rows(X, bias, low, Y, values, indices, counts, starts, edges, parts):
-        # Y[m, n] = max(bias[n] + sum_j values[j] X[m, edges[c] + indices[j]], low): no vectors of
-        # pixels, for as few rows as one.  X (M, K), Y (M, N), bias (16 groups,)
-        M, N = Y.shape
-        chunks, R_rows = counts.shape
-        groups = (R_rows + rows_of_group - 1) // rows_of_group
-        zero = X.dtype.type(0)
+    def rows(X, bias, low, Y, weights, parts, S):
+        # Y[m, n] = max(bias[n] + sum_j values[j] X[m, edges[c] + indices[j]], low): the vectors lie
+        # along the weights.  X (M, K), Y (M, N), bias (16 groups,), scratch S (M, 16 groups)
+        values, indices, counts, starts, edges = weights
+        M, K = X.shape
+        N = Y.shape[1]
+        chunks, size = counts.shape
+        groups = (size + rows_of_group - 1) // rows_of_group
         for task in prange(M * parts):
             m, part = task // parts, task % parts
             g_lo, g_hi = groups * part // parts, groups * (part + 1) // parts
-            n_lo, n_hi = g_lo * _GROUP, min(N, g_hi * _GROUP)
-            for n in range(n_lo, n_hi):
-                Y[m, n] = bias[n]
+            sums, y = S[m], Y[m]
+            for n in range(g_lo * _GROUP, g_hi * _GROUP):
+                sums[n] = bias[n]
             for c in range(chunks):
-                j = np.int64(starts[c * groups + g_lo])
-                x = X[m, edges[c] : edges[c + 1]]
-                for r in range(g_lo * rows_of_group, min(R_rows, g_hi * rows_of_group)):
+                j, ix = np.int64(starts[c * groups + g_lo]), m * K + np.int64(edges[c])
+                for r in range(g_lo * rows_of_group, min(size, g_hi * rows_of_group)):
                     end = j + np.int64(counts[c, r])
-                    if R == 1:
-                        s = zero
-                        for i in range(j, end):
-                            s += values[i, 0] * x[np.int64(indices[i])]
-                        Y[m, r] += s
-                    else:
-                        s0, s1, s2, s3 = zero, zero, zero, zero
-                        for i in range(j, end):
-                            v = x[np.int64(indices[i])]
-                            s0 += values[i, 0] * v
-                            s1 += values[i, 1] * v
-                            s2 += values[i, 2] * v
-                            s3 += values[i, 3] * v
-                        Y[m, r * R] += s0
-                        if r * R + 1 < N:
-                            Y[m, r * R + 1] += s1
-                        if r * R + 2 < N:
-                            Y[m, r * R + 2] += s2
-                        if r * R + 3 < N:
-                            Y[m, r * R + 3] += s3
-                    j = end
-            for n in range(n_lo, n_hi):
-                Y[m, n] = low if Y[m, n] < low else Y[m, n]
+                    acc = simd.zeros(1, 1, X)
+                    while j + together <= end:
+                        acc = simd_sparse.dot_at(acc, values, j * R, X, ix, indices, j, R, 0)
+                        j += together
+                    if j < end:
+                        acc = simd_sparse.dot_at(acc, values, j * R, X, ix, indices, j, R, end - j)
+                        j = end
+                    simd_sparse.add_folded(acc, R, sums, r * R)
+            for n in range(g_lo * _GROUP, min(N, g_hi * _GROUP)):
+                y[n] = low if sums[n] < low else sums[n]
 
     return rows
 
@@ -433,7 +404,8 @@ def linear(
     x, added = _operands("sparse.linear", x, bias, packed.shape[3])
     run = rows_kernel(packed.block).choose(len(x) * packed.values.size)
     low = np.float32(0 if relu else -np.inf)
-    run(x, added, low, y, *packed[2:], min(len(added) // _GROUP, _TASKS))
+    sums = np.empty((len(x), len(added)), np.float32)
+    run(x, added, low, y, packed[2:], min(len(added) // _GROUP, _TASKS), sums)
     return y
 
 
@@ -490,7 +462,7 @@ def _run(
         added,
         np.float32(0 if relu else -np.inf),
         y,
-        *packed[2:],
+        packed[2:],
         table,
         how.batch_first,
         how.parts,
