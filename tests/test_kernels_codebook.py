@@ -64,7 +64,7 @@ def test_bytes_are_those_of_the_codes_and_the_book():
     st.sampled_from([1, 2, 3, 7, 30, 250]),
     st.integers(1, 300),
     st.one_of(st.integers(1, 40), st.integers(60, 70)),
-    st.sampled_from([1, 3, 4, 8]),
+    st.sampled_from([3, 8]),
     st.booleans(),
     st.booleans(),
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels import _jit, sparse
+from kernels import _jit, simd, sparse
 from kernels import reference_compressed as reference
 from kernels.geometry import Window, window
 
@@ -243,6 +245,29 @@ def test_threads_do_not_change_a_bit(sizes, block):
     finally:
         _jit.set_threads(before)
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("level", simd.available()[1:])
+def test_other_levels(level):
+    code = (
+        "import numpy as np; from kernels import sparse\n"
+        "rng = np.random.default_rng(0)\n"
+        "x = rng.standard_normal((50, 70)).astype(np.float32)\n"
+        "w = rng.standard_normal((70, 33)).astype(np.float32)\n"
+        "w[rng.random(w.shape) < 0.6] = 0\n"
+        "for block in (1, 4):\n"
+        "    for rows in (x, x[:1]):\n"
+        "        y = sparse.linear(rows, sparse.pack(w, block))\n"
+        "        np.testing.assert_allclose(y, np.float64(rows) @ w, rtol=0, atol=1e-4)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=os.environ | {"TINYNN_CPU": level},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_wrong_operands_are_named():
