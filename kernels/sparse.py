@@ -239,8 +239,8 @@ def _blocks(R: int, P: int) -> Any:
 
     def blocks(X, bias, low, Y, weights, win, batch_first, parts, flat, T, U, Z):
         # The formula at the head of the file; a task is W pixels and a part of the groups.
-        # X (B, H, V, C), Y (B, OH, OW, N), bias (16 groups,); flat: pixel m reads row m of X, and
-        # those of the next block are asked for while this one is multiplied
+        # X (B, H, V, C), Y (B, OH, OW, N), bias (16 groups,); flat: pixel m reads row m of X;
+        # the rows of the next block, and those of Y to be written, are asked for meanwhile
         # scratch: T (slots, longest chunk, W), U (slots, channels of a part, W), Z (slots, 5, W)
         values, indices, counts, starts, edges = weights
         _, _, sy, sx, py, px, _, _ = win
@@ -260,6 +260,8 @@ def _blocks(R: int, P: int) -> Any:
                 fresh = True
                 ahead = (first + W) * X.shape[3]
                 ahead_end = min(ahead + W * X.shape[3], X.size) if flat else ahead
+                mine = first * N if flat else Y.size
+                mine_end = min(mine + W * N, Y.size)
                 for c in range(chunks):
                     if starts[c * groups + g_lo] == starts[c * groups + g_hi]:
                         continue
@@ -271,6 +273,9 @@ def _blocks(R: int, P: int) -> Any:
                             if ahead < ahead_end:
                                 simd.prefetch(8, X, ahead, 16)
                                 ahead += 128
+                            if mine < mine_end:
+                                simd.prefetch(8, Y, mine, 16)
+                                mine += 128
                             i = (r * R - g_lo * _GROUP) * W
                             if fresh:
                                 acc = simd.zeros(R, P, t)
@@ -364,7 +369,7 @@ def plan(pixels: int, images: int, channels: int, block: int, threads: int) -> P
     """
     registers = simd.TILE[0] * simd.TILE[1]
     most = max(1, min(_BLOCK_PIXELS // _LANES, registers // block))
-    sizes = {most, -(-most // 2), -(-most // 6)}
+    sizes = {most, -(-most // 4)}
     vectors = min(sizes, key=lambda v: (-(-pixels // (v * _LANES)) * (v + 0.5), -v))
     width = vectors * _LANES
     groups = -(-channels // _GROUP)
