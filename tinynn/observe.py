@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -167,9 +167,21 @@ class Observer:
             )
 
 
-def observe(model: Module, data: Iterable[Any]) -> Observer:
+Watching = TypeVar("Watching", bound=Observer)
+
+
+@overload
+def observe(model: Module, data: Iterable[Any]) -> Observer: ...
+
+
+@overload
+def observe(model: Module, data: Iterable[Any], kind: type[Watching]) -> Watching: ...
+
+
+def observe(model: Module, data: Iterable[Any], kind: type[Observer] = Observer) -> Observer:
     """Run `model` in eval mode over `data` (batches: arrays, or tuples whose first is the input).
 
+    What comes back is a `kind` of Observer, which has seen every batch.
     Raises DataError if there is no batch or an empty one, GraphError if the model's ops depend on
     the data, NonFiniteError naming the op and its module if an activation is NaN or infinite.
     """
@@ -180,7 +192,7 @@ def observe(model: Module, data: Iterable[Any]) -> Observer:
             if x.ndim == 0 or x.size == 0:
                 raise DataError(f"observe: required at least one row; batch {i} has {x.shape}")
             if observer is None:
-                observer = Observer(model, x[:1])
+                observer = kind(model, x[:1])
             observer.watch(model, x)
     if observer is None:
         raise DataError("observe: required at least one batch; came none")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from tinynn.compress.saliency import Gates
 from tinynn.errors import ConfigError, PruneError
 from tinynn.graph import Group
 from tinynn.observe import Observer, Statistics
@@ -45,6 +46,43 @@ def l2(group: Group, seen: Observer, parameters: Mapping[str, Array]) -> Array:
     return _norm(group, parameters, 2)
 
 
+def batchnorm_scale(group: Group, seen: Observer, parameters: Mapping[str, Array]) -> Array:
+    """|gamma| of the batch normalisations of the channel, the largest if there are several.
+
+    Liu et al. 2017, "Learning efficient convolutional networks through network slimming", section
+    3. Raises PruneError for a group without batch normalisation.
+    """
+    norms = [n for n in seen.graph.nodes if n.op.name == "batch_norm_eval"]
+    gammas = {node.inputs[1].name for node in norms}
+    members = [m for m in group.writers if m.name in gammas and m.name in parameters]
+    if not members:
+        raise PruneError(
+            f"importance.batchnorm_scale: {group.name} has no batch normalisation; leave such "
+            "groups out by `only`"
+        )
+    scores = np.zeros(group.size)
+    for member in members:
+        inside = member.index >= 0
+        np.maximum.at(scores, member.index[inside], np.abs(parameters[member.name][inside]))
+    return scores
+
+
+def taylor(gates: Gates) -> Importance:
+    """The mean over batches of |dL/dgate|: the first-order change of the loss without the channel.
+
+    Molchanov et al. 2017, eq. 8, where a batch is one example; larger batches let examples cancel.
+    """
+    return lambda group, seen, parameters: np.abs(_gradients(group, gates)).mean(axis=0)
+
+
+def fisher(gates: Gates) -> Importance:
+    """Half the mean over batches of (dL/dgate)^2, which for batches of one row is Fisher's.
+
+    Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher pruning", eq. 7.
+    """
+    return lambda group, seen, parameters: np.square(_gradients(group, gates)).mean(axis=0) / 2
+
+
 def random(rng: np.random.Generator) -> Importance:
     """Scores that know nothing: the control of every criterion."""
 
@@ -62,6 +100,7 @@ def by_name(name: str, rng: np.random.Generator) -> Importance:
         "variance": activation_variance,
         "l1": l1,
         "l2": l2,
+        "scale": batchnorm_scale,
         "random": random(rng),
     }
     if name not in known:
@@ -75,6 +114,26 @@ def _watched(group: Group, seen: Observer) -> list[Statistics]:
     if not found:
         raise PruneError(f"importance: nothing was observed of the channels of {group.name}")
     return found
+
+
+def _gradients(group: Group, gates: Gates) -> Array:
+    """(batches, channels): the loss' gradient by a factor on all that reads a channel."""
+    total: Array = np.zeros(())
+    for member in (reader.weight for reader in group.readers):
+        rows = gates.rows.get(member.name)
+        if rows is None or rows.shape[1] != len(member.index):
+            came = "none" if rows is None else f"{rows.shape[1]}"
+            raise PruneError(
+                f"importance: required gates for the {len(member.index)} channels that "
+                f"{member.name} reads; came {came}"
+            )
+        inside = member.index >= 0
+        sums = np.zeros((group.size, len(rows)))
+        np.add.at(sums, member.index[inside], rows[:, inside].T)
+        total = total + sums.T
+    if not group.readers:
+        raise PruneError(f"importance: no layer reads the channels of {group.name}")
+    return total
 
 
 def _norm(group: Group, parameters: Mapping[str, Array], order: int) -> Array:

@@ -1,9 +1,12 @@
-"""Replace nodes that do the work of fewer: the affine merge.
+"""Replace nodes that do the work of fewer: the affine merge, and the merge of duplicates.
 
-A ReLU node that was on for every sample has not been a nonlinearity on these data. Together, all
-such nodes of a layer compute an affine function of the layer's input, x @ M + c with
-M = W1[:, on] @ W2[on] and c = b1[on] @ W2[on], whose rank is at most min(m_in, m_out): that many
-nodes can say the same. It is the other end of the activation count, whose lower end is pruned.
+A channel that is another one's multiple wherever it is read is removed, and its readers' weights,
+times the factor, go to that other channel's: see `duplicates`.
+
+The affine merge: a ReLU node that was on for every sample has not been a nonlinearity on these
+data. Together, all such nodes of a layer compute an affine function of the layer's input, x @ M + c
+with M = W1[:, on] @ W2[on] and c = b1[on] @ W2[on], whose rank is at most min(m_in, m_out): that
+many nodes can say the same. It is the other end of the activation count, whose lower end is pruned.
 
 Layers are treated from the last to the first: a merge needs the statistics of the layer's input and
 its own columns as they were observed, and changes neither those of the layers before it nor, on the
@@ -13,15 +16,18 @@ data, what the layers after it see.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from tinynn.compress.prune import rebuilt
+from kernels import pointwise
+from tinynn.compress.prune import Decision, rebuilt, remove
 from tinynn.errors import ConfigError
-from tinynn.graph import Group, Node
+from tinynn.graph import Group, Node, Value
 from tinynn.nn.module import Module
-from tinynn.observe import Observer
+from tinynn.observe import Observer, observe
 from tinynn.op import Array
 
 
@@ -127,3 +133,104 @@ def _hidden_layers(seen: Observer) -> list[_Hidden]:
             w1, b1 = names
             found.append(_Hidden(group, w1, b1, reader.weight.name, reader.bias, maker))
     return sorted(found, key=lambda hidden: hidden.maker.output.index)
+
+
+# --- duplicates -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """A channel that was removed, and the one that stands for it."""
+
+    group: Group
+    removed: int
+    kept: int
+    residual: float  #: the largest share of its squares, over its readers, that is not the other's
+
+
+def duplicates(
+    model: Module,
+    data: Iterable[Any],
+    *,
+    similarity: float = 0.99,
+    report: Callable[[Duplicate], None] | None = None,
+) -> Module:
+    """A new model in which one channel stands for all that are nearly its multiples on `data`.
+
+    x_j is a duplicate of x_i if |cos(x_i, x_j)|, over all rows and positions, is at least
+    `similarity` in everything that layers read of the two. Then x_j goes, and each of its readers'
+    weights w_j is added, times the least-squares factor <x_i, x_j> / <x_i, x_i>, to w_i. The
+    strongest channels stay; channels that are zero on all of `data` go. `data` are batches:
+    arrays, or tuples whose first is the input. Weights under a mask may come to life by this.
+
+    Srinivas & Babu 2015, "Data-free parameter pruning", section 3.1, judged by the activations
+    instead of the weights. Raises ConfigError for a similarity that is not in (0, 1], and what
+    `observe` and `prune.remove` raise.
+    """
+    if not 0 < similarity <= 1:
+        raise ConfigError(f"merge.duplicates: required 0 < similarity <= 1; came {similarity}")
+    seen = observe(model, data, _Products)
+    arrays = model.state_dict()
+    decisions = []
+    for group, products in seen.products:
+        keep, scores = np.ones(group.size, bool), np.ones(group.size)
+        for removed, kept, residual in _pairs(list(products.values()), 1 - similarity**2):
+            keep[removed], scores[removed] = False, residual
+            for reader in group.readers:
+                product = products[reader.value.index]
+                power = product[kept, kept]
+                factor = product[kept, removed] / power if power else 0.0
+                index = reader.weight.index
+                rows = np.moveaxis(arrays[reader.weight.name], reader.weight.axis, 0)
+                rows[index == kept] += (factor * rows[index == removed]).astype(rows.dtype)
+            if report:
+                report(Duplicate(group, removed, kept, residual))
+        decisions.append(Decision(group, scores, keep, np.zeros(group.size, bool)))
+    return remove(rebuilt(model, arrays), seen, decisions, fold="none")
+
+
+class _Products(Observer):
+    """Also sums the products of channels: x_i x_j over all rows and positions, float64."""
+
+    def __init__(self, model: Module, example: Array) -> None:
+        super().__init__(model, example)
+        #: groups that can be pruned, and for each value that is read of it (channels, channels)
+        self.products: list[tuple[Group, dict[int, Array]]] = [
+            (g, {r.value.index: np.zeros((g.size, g.size)) for r in g.readers})
+            for g in self.graph.groups()
+            if not g.fixed
+        ]
+
+    def _add(self, value: Value, activation: Array, what: str) -> None:
+        super()._add(value, activation, what)
+        for group, products in self.products:
+            if value.index not in products:
+                continue
+            places = group.places[value.index]
+            columns = np.flatnonzero(places >= 0)
+            order = columns[np.argsort(places[columns], kind="stable")].reshape(group.size, -1)
+            x = activation.reshape(-1, activation.shape[-1])[:, order]  # (rows, channels, times)
+            rows = np.ascontiguousarray(x.transpose(1, 0, 2).reshape(group.size, -1), np.float64)
+            # not NumPy's product, whose sums depend on the number of threads
+            products[value.index] += pointwise.matmul(rows, np.ascontiguousarray(rows.T))
+
+
+def _pairs(products: list[Array], tolerance: float) -> list[tuple[int, int, float]]:
+    """(removed, kept, residual) of channels whose residual in all products is within tolerance."""
+    powers = np.stack([np.diagonal(p) for p in products])
+    residual = np.zeros(products[0].shape)  # of column j where row i stands for it
+    for product, power in zip(products, powers, strict=True):
+        both = np.outer(power, power)
+        share = np.divide(product**2, both, out=np.zeros_like(both), where=both > 0)
+        residual = np.maximum(residual, np.where(power == 0, 0.0, 1 - share))
+    kept: list[int] = []
+    found = []
+    total = powers.sum(axis=1, keepdims=True)
+    strength = (powers / np.where(total > 0, total, 1)).sum(axis=0)
+    for j in np.argsort(-strength, kind="stable").tolist():
+        best = min(kept, key=lambda i: residual[i, j], default=j)
+        if best != j and residual[best, j] <= tolerance:
+            found.append((j, best, max(0.0, float(residual[best, j]))))
+        else:
+            kept.append(j)
+    return found

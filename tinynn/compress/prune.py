@@ -15,6 +15,7 @@ import numpy as np
 from tinynn.compress.fold import Fold, shifts
 from tinynn.compress.importance import Importance
 from tinynn.compress.select import Selection
+from tinynn.compress.union import members
 from tinynn.errors import ConfigError, PruneError, TinynnError
 from tinynn.graph import Graph, Group, Node, moved, trace
 from tinynn.nn.module import Module, Parameter
@@ -40,6 +41,8 @@ def channels(
     *,
     fold: Fold = "constant",
     least: int = 0,
+    union: bool = False,
+    only: Callable[[Group], bool] | None = None,
     report: Callable[[Decision], None] | None = None,
 ) -> Module:
     """A new model without the channels that `select` drops from the scores of `importance`.
@@ -50,7 +53,9 @@ def channels(
     approximation; with "none" nothing is left.
 
     Each group keeps `least` channels: where `select` leaves fewer, the highest scores stay, too.
-    `report` is called with the Decision on each group, which says where that happened.
+    With `union` the layers that additions tie into one group are scored and selected each alone,
+    and the group keeps what any of them keeps: see `union.members`. `only` says of each group that
+    can be pruned whether it shall be. `report` is called with the Decision on each group.
 
     Raises PruneError if `seen` was observed on another model or before this one changed, if no
     group can be pruned, if scores are NaN or not one a channel, if a layer would lose all its
@@ -65,11 +70,15 @@ def channels(
     seen.require(model, "prune.channels")
     arrays = model.state_dict()
     groups = seen.graph.groups()
-    prunable = [g for g in groups if not g.fixed]
+    prunable = [g for g in groups if not g.fixed and (only is None or only(g))]
     if not prunable:
-        reasons = "; ".join(f"{g.name}: {g.fixed}" for g in groups)
+        reasons = "; ".join(f"{g.name}: {g.fixed or 'left out by `only`'}" for g in groups)
         raise PruneError(f"prune.channels: no group of channels can be pruned ({reasons})")
-    decisions = [_decide(g, importance, select, least, seen, arrays) for g in prunable]
+    decisions = []
+    for group in prunable:
+        judged = (members(group, seen.graph) if union else []) or [group]
+        rulings = [_ruling(g, importance, select, seen, arrays) for g in judged]
+        decisions.append(_decide(group, rulings, least))
     for decision in decisions:
         if report:
             report(decision)
@@ -121,14 +130,14 @@ def rebuilt(model: Module, arrays: Mapping[str, Array]) -> Module:
     return out
 
 
-def _decide(
+def _ruling(
     group: Group,
     importance: Importance,
     select: Selection,
-    least: int,
     seen: Observer,
     arrays: Mapping[str, Array],
-) -> Decision:
+) -> tuple[Array, Array]:
+    """The channels' scores, and which of them stay."""
     scores = np.asarray(importance(group, seen, arrays))
     if scores.shape != (group.size,) or np.isnan(scores).any():
         raise PruneError(
@@ -141,6 +150,13 @@ def _decide(
             f"prune.channels: required one decision for each of {group.size} channels of "
             f"{group.name}; came shape {keep.shape}"
         )
+    return scores, keep
+
+
+def _decide(group: Group, rulings: Sequence[tuple[Array, Array]], least: int) -> Decision:
+    """The largest scores, and the union of what stays by any ruling."""
+    scores = np.max([scores for scores, _ in rulings], axis=0)
+    keep = np.any([keep for _, keep in rulings], axis=0)
     guarded = np.zeros(group.size, bool)
     dropped = np.flatnonzero(~keep)
     best = dropped[np.argsort(-scores[dropped], kind="stable")]

@@ -1,6 +1,6 @@
-"""What the loss says of single weights: gradients and curvature, gathered over data.
+"""What the loss says of weights and channels: gradients and curvature, gathered over data.
 
-Scores of `sparsify` read them. Nothing here changes the model.
+Scores of `sparsify` and `importance` read them. Nothing here changes the model.
 """
 
 from __future__ import annotations
@@ -41,6 +41,36 @@ def gradients(model: Module, data: Iterable[Any], loss: Loss) -> Gradients:
     return Gradients(
         {k: v / count for k, v in mean.items()}, {k: v / count for k, v in square.items()}
     )
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The loss' gradient by a factor on each channel that a layer reads, float64.
+
+    `rows` has for each layer's weights, by dotted path, (batches, m_in). The factor stands at 1: to
+    remove a channel is to set it to 0, in all layers that read the channel.
+    """
+
+    rows: dict[str, Array]
+
+
+def gates(model: Module, data: Iterable[Any], loss: Loss) -> Gates:
+    """The gates' gradients on every batch of `data`, in eval mode. DataError if there are none.
+
+    A factor on channel c scales the weights that read it: its gradient is the sum of w dL/dw over
+    them, which is the sum of x dL/dx over the channel (Molchanov et al. 2017, "Pruning
+    convolutional neural networks for resource efficient inference", eq. 8).
+    """
+    weights = {n: p.data.astype(np.float64) for n, p in model.named_parameters() if p.ndim >= 2}
+    rows: dict[str, list[Array]] = {name: [] for name in weights}
+    for x, y in data:
+        found = _gradient(model, [(x, y)], loss)
+        for name, w in weights.items():
+            others = tuple(axis for axis in range(w.ndim) if axis != w.ndim - 2)
+            rows[name].append((w * found[name]).sum(axis=others))
+    if not any(rows.values()):
+        raise DataError("saliency.gates: required a model with weights and at least one batch")
+    return Gates({name: np.stack(found) for name, found in rows.items()})
 
 
 def hessian_diagonal(
