@@ -416,6 +416,14 @@ def pad(x: np.ndarray, widths: Sequence[tuple[int, int]], value: float = 0.0) ->
     return out
 
 
+def scatter(x: np.ndarray, places: Sequence[int], width: int, value: float) -> np.ndarray:
+    """x (..., n) at `places` of a last axis of this width, `value` elsewhere."""
+    out = np.full((*x.shape[:-1], width), value, x.dtype)
+    for i in _indices(x.shape):
+        out[(*i[:-1], places[i[-1]])] = x[i]
+    return out
+
+
 def take_slice(x: np.ndarray, slices: Sequence[slice]) -> np.ndarray:
     """x[slices]: one slice for each of the first axes, the other axes whole."""
     # out[i] = x[start_a + i_a step_a]

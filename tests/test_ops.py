@@ -151,6 +151,9 @@ TORCH: dict[str, Any] = {
     "pad": lambda T, op, x: T.nn.functional.pad(
         x, [n for w in reversed(op.widths) for n in w], value=op.value
     ),
+    "scatter": lambda T, op, x: T.full(
+        (*x.shape[:-1], op.width), op.value, dtype=x.dtype
+    ).index_copy(-1, T.tensor(op.places), x),
     "index": None,  # torch has no negative steps
     "conv2d": lambda T, op, x, w, b: _rectified(op, torch_conv(T, op, x, w, b)),
     "depthwise_conv2d": lambda T, op, x, w, b: _rectified(
@@ -338,6 +341,9 @@ def test_non_finite_values_pass_as_ieee_says() -> None:
         (lambda: ops.concat([np.ones((2, 3)), np.ones((2, 4))], 0), ShapeError, "Concat"),
         (lambda: ops.concat([]), ShapeError, "at least one"),
         (lambda: ops.pad(np.ones(2), [(1, -1)]), ShapeError, "Pad"),
+        (lambda: ops.scatter(np.ones(2), [1, 1], 3), ShapeError, "different places"),
+        (lambda: ops.scatter(np.ones(2), [1, 3], 3), ShapeError, "different places"),
+        (lambda: ops.scatter(np.ones(2), [1], 3), ShapeError, r"Scatter.*\(2,\)"),
         (lambda: ops.index(np.ones(2), "a"), DTypeError, "index"),
         (lambda: ops.index(np.ones(2), 2), IndexError, "out of range"),
         (lambda: ops.take(np.ones(2), [2]), IndexError, "Take"),

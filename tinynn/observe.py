@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -170,21 +170,17 @@ class Observer:
 Watching = TypeVar("Watching", bound=Observer)
 
 
-@overload
-def observe(model: Module, data: Iterable[Any]) -> Observer: ...
-
-
-@overload
-def observe(model: Module, data: Iterable[Any], kind: type[Watching]) -> Watching: ...
-
-
-def observe(model: Module, data: Iterable[Any], kind: type[Observer] = Observer) -> Observer:
+def observe(model: Module, data: Iterable[Any]) -> Observer:
     """Run `model` in eval mode over `data` (batches: arrays, or tuples whose first is the input).
 
-    What comes back is a `kind` of Observer, which has seen every batch.
     Raises DataError if there is no batch or an empty one, GraphError if the model's ops depend on
     the data, NonFiniteError naming the op and its module if an activation is NaN or infinite.
     """
+    return observe_by(Observer, model, data)
+
+
+def observe_by(kind: type[Watching], model: Module, data: Iterable[Any]) -> Watching:
+    """The same by an Observer of another kind, which sees every activation."""
     observer = None
     with mode(model, training=False):
         for i, batch in enumerate(data):

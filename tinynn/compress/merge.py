@@ -27,7 +27,7 @@ from tinynn.compress.prune import Decision, rebuilt, remove
 from tinynn.errors import ConfigError
 from tinynn.graph import Group, Node, Value
 from tinynn.nn.module import Module
-from tinynn.observe import Observer, observe
+from tinynn.observe import Observer, observe_by
 from tinynn.op import Array
 
 
@@ -169,7 +169,7 @@ def duplicates(
     """
     if not 0 < similarity <= 1:
         raise ConfigError(f"merge.duplicates: required 0 < similarity <= 1; came {similarity}")
-    seen = observe(model, data, _Products)
+    seen = observe_by(_Products, model, data)
     arrays = model.state_dict()
     decisions = []
     for group, products in seen.products:

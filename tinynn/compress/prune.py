@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from tinynn.graph import Graph, Group, Node, moved, trace
 from tinynn.nn.module import Module, Parameter
 from tinynn.observe import Observer
 from tinynn.op import Array
+from tinynn.ops.shape import Scatter
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,19 @@ def channels(
         if report:
             report(decision)
     return remove(model, seen, decisions, fold=fold)
+
+
+def decide(
+    group: Group,
+    importance: Importance,
+    select: Selection,
+    seen: Observer,
+    arrays: Mapping[str, Array],
+    *,
+    least: int = 0,
+) -> Decision:
+    """What one group alone keeps; `arrays` are the model's parameters and buffers by path."""
+    return _decide(group, [_ruling(group, importance, select, seen, arrays)], least)
 
 
 def remove(
@@ -191,16 +206,25 @@ def _masks(
 
 
 def _resize(module: Module, node: Node, keep: Array) -> None:
-    """Set how many channels the module pads before and after to what is left of them."""
-    before, after = node.op.widths[-1]  # type: ignore[attr-defined]
-    first, last = node.resizes
-    if (getattr(module, first), getattr(module, last)) != (before, after):
-        raise PruneError(
-            f"prune.channels: {node.module} in {node.path!r} pads {before} and {after} channels, "
-            f"which {first} and {last} do not say"
+    """Set how the module makes more channels to what is left of them."""
+    if isinstance(node.op, Scatter):
+        after = np.cumsum(keep) - 1
+        was: tuple[Any, Any] = (node.op.places, node.op.width)
+        now: tuple[Any, Any] = (
+            tuple(int(after[p]) for p in node.op.places if keep[p]),
+            int(keep.sum()),
         )
-    setattr(module, first, int(keep[:before].sum()))
-    setattr(module, last, int(keep[len(keep) - after :].sum()))
+    else:
+        before, behind = was = node.op.widths[-1]  # type: ignore[attr-defined]
+        now = int(keep[:before].sum()), int(keep[len(keep) - behind :].sum())
+    first, last = node.resizes
+    if (getattr(module, first), getattr(module, last)) != was:
+        raise PruneError(
+            f"prune.channels: {node.module} in {node.path!r} makes more channels by {was}, which "
+            f"{first} and {last} do not say"
+        )
+    setattr(module, first, now[0])
+    setattr(module, last, now[1])
 
 
 def _confirm(model: Module, seen: Observer, kept: Mapping[int, Array]) -> None:
@@ -226,6 +250,8 @@ def _confirm(model: Module, seen: Observer, kept: Mapping[int, Array]) -> None:
 
 
 def _pads_nothing(node: Node, kept: Mapping[int, Array]) -> bool:
+    if isinstance(node.op, Scatter):
+        return False
     before, after = node.op.widths[-1]  # type: ignore[attr-defined]
     keep = kept.get(node.output.index)
     return keep is not None and not keep[:before].any() and not keep[len(keep) - after :].any()

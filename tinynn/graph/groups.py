@@ -17,7 +17,7 @@ import numpy as np
 
 from tinynn.graph.parts import Node, Value
 from tinynn.op import Array, Op
-from tinynn.ops.shape import Pad
+from tinynn.ops.shape import Pad, Scatter
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def moved(op: Op, channels: Sequence[Array], shapes: Sequence[tuple[int, ...]]) 
     `channels` are numbers >= 0 for each operand's last axis; the result has the numbers of the
     operation's result, -1 where the channel is new (padded).
     """
-    if isinstance(op, Pad):
+    if isinstance(op, Pad | Scatter):
         op = replace(op, value=-1.0)
     full = [  # as floats, which every kernel takes; they hold whole numbers exactly
         np.ascontiguousarray(np.broadcast_to(n, shape), np.float64)

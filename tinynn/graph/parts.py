@@ -53,8 +53,8 @@ class Value:
 class Node:
     """One op application: `output = op(*inputs)`, made while the module at `path` was running.
 
-    `module` is that module's kind. `resizes` names its attributes that hold the widths before and
-    after, where the op pads channels and the module can be given other widths.
+    `module` is that module's kind. `resizes` names its attributes that say how the op makes more
+    channels (see `Module.channel_padding`), where the module can be given others.
     """
 
     op: Op

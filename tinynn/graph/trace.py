@@ -60,7 +60,8 @@ def trace(model: Module, example: npt.ArrayLike | Tensor) -> Graph:
         module = running_module()
         path = paths.get(id(module), "")
         kind = type(module).kind() if module is not None else ""
-        resizes = module.channel_padding if op.name == "pad" and module is not None else ()
+        pads = module is not None and op.name in ("pad", "scatter")
+        resizes = module.channel_padding if pads and module is not None else ()
         nodes.append(Node(op, operands, value(output, "result"), path, kind, resizes))
 
     with mode(model, training=False), no_grad(), recording(record):

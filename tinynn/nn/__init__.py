@@ -7,6 +7,7 @@ from tinynn.nn.blocks import (
     Concat,
     InceptionBlock,
     ResidualBlock,
+    Scatter,
     SeparableResidualBlock,
     Shortcut,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "PointwiseConv2d",
     "ReLU",
     "ResidualBlock",
+    "Scatter",
     "SeparableConv2d",
     "SeparableResidualBlock",
     "Sequential",

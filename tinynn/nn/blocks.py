@@ -6,6 +6,8 @@ average pool, and new channels are zeros, split front and back (Çallı 2017, se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from tinynn import ops
@@ -69,6 +71,34 @@ class Shortcut(Module):
         if not self.front and not self.back:
             return x
         return ops.pad(x, [(0, 0)] * 3 + [(self.front, self.back)])
+
+
+class Scatter(Module):
+    """Channels at their places among `width`, zeros elsewhere: the end of a thinned branch."""
+
+    channel_padding = ("places", "width")
+
+    def __init__(self, places: Sequence[int], width: int) -> None:
+        self.places, self.width = tuple(int(p) for p in places), int(width)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError unless there are places, all different and within the width."""
+        numbers = (*self.places, self.width) if isinstance(self.places, tuple) else ()
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+        inside = whole and all(0 <= p < self.width for p in self.places)
+        if not numbers[1:] or not inside or len(set(self.places)) < len(self.places):
+            raise ConfigError(
+                "Scatter: required one place or more, all different and below the width; came "
+                f"{self.places!r:.60} and {self.width!r}"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.scatter(x, self.places, self.width)
+
+    def extra(self) -> str:
+        """How many channels become how many."""
+        return f"{len(self.places)} -> {self.width}"
 
 
 class ResidualBlock(Sequential):

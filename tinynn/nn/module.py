@@ -139,7 +139,8 @@ class Module:
     rectifies: ClassVar[bool] = False
     #: whether `forward` is a ReLU and nothing else, so that a module before it may take it over
     is_relu: ClassVar[bool] = False
-    #: the names of the two attributes that hold how many channels `forward` pads before and after
+    #: the names of the two attributes that say how `forward` makes more channels: how many it pads
+    #: before and after, or the places of those it has and the number of all
     channel_padding: ClassVar[tuple[str, ...]] = ()
 
     training: bool = True

@@ -25,7 +25,7 @@ from tinynn.ops.loss import log_softmax, mse, rmse, softmax, softmax_cross_entro
 from tinynn.ops.norm import batchnorm, batchnorm_eval, scale_shift
 from tinynn.ops.pool import avg_pool2d, global_avg_pool2d, max_pool2d
 from tinynn.ops.reduce import max, mean, sum, var
-from tinynn.ops.shape import concat, flatten, index, pad, reshape, take, transpose
+from tinynn.ops.shape import concat, flatten, index, pad, reshape, scatter, take, transpose
 
 __all__ = [
     "absolute",
@@ -62,6 +62,7 @@ __all__ = [
     "reshape",
     "rmse",
     "scale_shift",
+    "scatter",
     "sigmoid",
     "softmax",
     "softmax_cross_entropy",

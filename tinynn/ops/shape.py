@@ -128,6 +128,40 @@ class Pad(Op):
         return (frame(grad, [(-b, -a) for b, a in self.widths]),)
 
 
+def _spread(x: Array, places: tuple[int, ...], width: int, value: float) -> Array:
+    out = memory.empty((*x.shape[:-1], width), x.dtype)
+    out[...] = value
+    out[..., list(places)] = x
+    return out
+
+
+@dataclass(frozen=True)
+class Scatter(Op):
+    """Channels at their places among more: y[..., places[i]] = x[..., i], `value` elsewhere.
+
+    x (..., len(places)), y (..., width); the places differ.
+    """
+
+    places: tuple[int, ...] = ()
+    width: int = 0
+    value: float = 0.0
+
+    channels = "stack"
+    variants = {"numpy": _spread, "reference": reference.scatter}
+    samples = staticmethod(lambda: [Sample(Scatter((3, 0), 5), ((2, 3, 2),))])
+
+    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
+        (x,) = arrays
+        inside = all(0 <= p < self.width for p in self.places)
+        fits = x.shape[-1:] == (len(self.places),) and len(set(self.places)) == len(self.places)
+        if not (inside and fits):
+            raise self.reject("as many different places below the width as channels", x)
+        return self.kernel()(x, self.places, self.width, self.value), ()
+
+    def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
+        return (np.ascontiguousarray(grad[..., list(self.places)]),)
+
+
 @dataclass(frozen=True)
 class Index(Op):
     """One slice an axis: keys[i] = (start, stop, step) of axis i."""
@@ -236,6 +270,11 @@ def concat(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
 def pad(x: Operand, widths: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
     """Constant elements around x: widths[i] = (before, after) along axis i."""
     return apply(Pad(tuple((int(b), int(a)) for b, a in widths), float(value)), tensor(x))
+
+
+def scatter(x: Operand, places: Sequence[int], width: int) -> Tensor:
+    """x (..., n) with its channels at n places of (..., width), zeros elsewhere."""
+    return apply(Scatter(tuple(int(p) for p in places), int(width)), tensor(x))
 
 
 def index(x: Operand, key: Any) -> Tensor:
