@@ -8,6 +8,6 @@ one library must not load another.
 """
 
 from bench.case import Case, CaseError
-from bench.measure import Timing, compare, measure
+from kernels.timing import Timing, compare, measure
 
 __all__ = ["Case", "CaseError", "Timing", "compare", "measure"]

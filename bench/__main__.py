@@ -10,15 +10,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import report, roofline, suites
+from bench import report, suites
 from bench.case import Case, CaseError
 from bench.libraries import OURS
-from bench.race import QUICK, ContestantError, Race, Settings, Team
+from bench.race import QUICK, Race, Settings, Team
 from bench.records import Record, records_of, summarize
-from bench.roofline import Limits
 from bench.suites import Suite, Work
+from kernels._jit import max_threads
+from tinynn import roofline
 from tinynn.environment import environment, usable_cores
 from tinynn.errors import OutputError
+from tinynn.roofline import Limits
 from tinynn.storage import write_json
 
 _BUSY_LOAD = 0.5
@@ -128,7 +130,8 @@ def _run(problems: list[tuple[Suite, Case]], options: argparse.Namespace) -> int
     if options.out is not None:
         _check_writable(options.out)
     with Team(QUICK if options.quick else Settings()) as team:
-        limits = _limits(team, problems, remeasure=options.remeasure)
+        counts = sorted({case.threads for _, case in problems if case.threads <= max_threads()})
+        limits = roofline.limits(counts, remeasure=options.remeasure)
         for entry in limits:
             if not entry.trustworthy():
                 _warn(f"limits of {entry.threads} threads vary by {entry.spread:.0%}; not kept")
@@ -149,15 +152,6 @@ def _run(problems: list[tuple[Suite, Case]], options: argparse.Namespace) -> int
         if limits:
             report.plot_roofline(records, work, limits, options.out / "roofline.png")
     return 0 if all(OURS in race.timings for race in races) else 1
-
-
-def _limits(team: Team, problems: list[tuple[Suite, Case]], *, remeasure: bool) -> list[Limits]:
-    threads = sorted({case.threads for _, case in problems})
-    try:
-        return roofline.limits(team, threads, roofline.cache_file(), remeasure=remeasure)
-    except ContestantError as error:
-        _warn(f"no roofline: {error}")
-        return []
 
 
 def _races(

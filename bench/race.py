@@ -24,8 +24,8 @@ from typing import Any
 
 from bench.case import Case
 from bench.libraries import LIBRARIES, thread_environment
-from bench.measure import ROUND_SECONDS, ROUNDS, Timing
 from bench.suites import Suite
+from kernels.timing import ROUND_SECONDS, ROUNDS, Timing
 
 _ROOT = Path(__file__).resolve().parent.parent
 _AGREEMENT = 1e-3  # of the answers' root mean square; enough to tell other work from rounding

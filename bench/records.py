@@ -8,8 +8,8 @@ from typing import Any
 
 from bench.libraries import OURS
 from bench.race import Race
-from bench.roofline import Limits
 from bench.suites import Work
+from tinynn.roofline import Limits
 
 Record = dict[str, Any]
 
@@ -27,7 +27,7 @@ def records_of(race: Race, work: Work, limits: Limits | None) -> list[Record]:
         return []
     share = None
     if limits is not None and race.case.dtype == "float32":
-        share = limits.attainable_seconds(work) / ours.median
+        share = limits.attainable_seconds(work.flops, work.bytes, work.working_set) / ours.median
     common = {
         "case": str(race.case),
         "family": race.case.family,

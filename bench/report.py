@@ -11,8 +11,8 @@ from bench.case import Case
 from bench.libraries import OURS
 from bench.race import Race
 from bench.records import BEST_PEER, Record
-from bench.roofline import Limits
 from bench.suites import Work
+from tinynn.roofline import Limits
 from tinynn.storage import write_bytes
 
 _NOTES = (

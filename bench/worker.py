@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from bench.case import Case
 from bench.libraries import LIBRARIES, OURS
-from bench.measure import calibrate, run_round
+from kernels.timing import calibrate, run_round
 
 _WARM_UP_CALLS = 3
 _CHOICE_ROUNDS = 5

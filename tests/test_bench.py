@@ -17,14 +17,16 @@ from hypothesis import strategies as st
 
 import bench
 from bench import __main__ as command
-from bench import libraries, roofline, suites
+from bench import libraries, suites
 from bench.case import Case, CaseError
-from bench.measure import Timing, compare, measure
 from bench.race import Race, Settings, Team
 from bench.records import geometric_mean, records_of, summarize
-from bench.roofline import Limits
 from bench.suites import Work, train_step
-from tinynn.environment import environment
+from kernels import probes
+from kernels.timing import Timing, compare, measure
+from tinynn import roofline
+from tinynn.environment import cache_sizes, environment
+from tinynn.roofline import Limits
 
 FAST = Settings(rounds=3, round_seconds=1e-4, pause=0.0)
 LIMITS = Limits(
@@ -165,11 +167,11 @@ def test_measure_refuses_no_rounds(wrong):
 
 
 def test_attainable_time_is_the_larger_of_arithmetic_and_traffic():
-    assert LIMITS.attainable_seconds(Work(flops=1e9, bytes=8)) == 1e9 / 100e9
-    assert LIMITS.attainable_seconds(Work(flops=0, bytes=1000)) == 1000 / 200e9
-    assert LIMITS.attainable_seconds(Work(flops=0, bytes=1001)) == 1001 / 100e9
-    assert LIMITS.attainable_seconds(Work(flops=0, bytes=1e9)) == 1e9 / 10e9
-    assert LIMITS.attainable_seconds(Work(flops=0, bytes=1e9, working_set=8)) == 1e9 / 200e9
+    assert LIMITS.attainable_seconds(1e9, 8) == LIMITS.compute_seconds(1e9) == 1e9 / 100e9
+    assert LIMITS.attainable_seconds(0, 1000) == LIMITS.memory_seconds(1000) == 1000 / 200e9
+    assert LIMITS.attainable_seconds(0, 1001) == 1001 / 100e9
+    assert LIMITS.attainable_seconds(0, 1e9) == 1e9 / 10e9
+    assert LIMITS.attainable_seconds(0, 1e9, working_set=8) == 1e9 / 200e9
 
 
 def test_limits_are_kept_and_a_damaged_file_is_measured_again(tmp_path, monkeypatch):
@@ -177,24 +179,35 @@ def test_limits_are_kept_and_a_damaged_file_is_measured_again(tmp_path, monkeypa
 
     spread = 0.01
 
-    def pretend(team: object, threads: int) -> Limits:
+    def pretend(threads: int) -> Limits:
         measured.append(threads)
         return replace(LIMITS, threads=threads, spread=spread)
 
     monkeypatch.setattr(roofline, "_measure", pretend)
     cache = tmp_path / "roofline" / "limits.json"
-    team = Team(FAST)
-    first = roofline.limits(team, [1, 2], cache, remeasure=False)
+    first = roofline.limits([1, 2], cache=cache)
     assert measured == [1, 2]
-    assert roofline.limits(team, [2, 1], cache, remeasure=False) == first[::-1]
+    assert roofline.limits([2, 1], cache=cache) == first[::-1]
     assert measured == [1, 2]
-    roofline.limits(team, [2], cache, remeasure=True)
+    roofline.limits([2], remeasure=True, cache=cache)
     assert measured == [1, 2, 2]
     cache.write_text(cache.read_text()[:-20])
     spread = 0.5  # a busy machine: used, not kept
     for _ in range(2):
-        assert roofline.limits(team, [1], cache, remeasure=False) == [replace(LIMITS, spread=0.5)]
+        assert roofline.limits([1], cache=cache) == [replace(LIMITS, spread=0.5)]
     assert measured == [1, 2, 2, 1, 1]
+
+
+def test_probes_do_the_work_that_they_say(monkeypatch):
+    monkeypatch.setattr(roofline, "_CALL_BYTES", 1e5)
+    a, out = np.full((2, 64), 0.5, np.float32), np.zeros(2, np.float32)
+    for read in (probes.read, probes.read_in_four):
+        read(a, 3, out)
+        assert out.tolist() == [96, 96]
+    probe = roofline.Probe("L1", 2)
+    assert probe.flops == probe.nbytes / 4 == 2 * probe.elements * probe.repeats
+    assert probe.working_set == 4 * 2 * probe.elements <= 2 * cache_sizes()["L1"]
+    assert list(probe.calls()) == ["one stream", "four streams"]
 
 
 def _race(threads: int, hidden: int, **seconds: float) -> Race:

@@ -19,15 +19,15 @@ LAYERS = [
     ["tinynn.op"],
     ["tinynn.storage", "tinynn.environment", "tinynn.generators"],
     ["tinynn.tensor"],
-    ["tinynn.diagnose", "tinynn.gradcheck"],
+    ["tinynn.diagnose", "tinynn.gradcheck", "tinynn.roofline"],
     ["tinynn.ops"],
     ["tinynn.init"],
     ["tinynn.nn"],
     ["tinynn.optim", "tinynn.schedule", "tinynn.data", "tinynn.metrics", "tinynn.graph"],
-    ["tinynn.observe", "tinynn.count", "tinynn.checkpoint"],
+    ["tinynn.observe", "tinynn.count", "tinynn.checkpoint", "tinynn.statistics"],
     ["tinynn.train", "tinynn.models"],
     ["tinynn.compress"],
-    ["tinynn.warmup"],
+    ["tinynn.warmup", "tinynn.profile"],
     ["tinynn"],
     ["tinynn.__main__"],
     ["experiments", "bench"],
@@ -136,7 +136,7 @@ def test_no_file_outgrows_one_reading() -> None:
 
 def test_the_heart_of_the_engine_reads_in_one_sitting() -> None:
     lines = sum(len((ROOT / "tinynn" / f).read_text().splitlines()) for f in ("op.py", "tensor.py"))
-    assert lines <= 446
+    assert lines <= 450
 
 
 def test_module_classes_have_unique_names() -> None:

@@ -1,7 +1,7 @@
 """tinynn: a neural-network engine in which every step can be read, changed, and is fast."""
 
 from kernels._jit import get_threads, max_threads, set_threads
-from tinynn import data, graph, init, nn, ops, schedule
+from tinynn import data, graph, init, nn, ops, profile, schedule
 from tinynn.compress import distort, importance, merge, prune, select
 from tinynn.count import Count, count
 from tinynn.data import Batches
@@ -13,6 +13,7 @@ from tinynn.observe import Observer, observe
 from tinynn.op import Op, use_variant
 from tinynn.ops import mse, rmse, softmax_cross_entropy
 from tinynn.optim import SGD, Adadelta, Adam, Nadam, Optimizer, RMSProp, clip_gradients
+from tinynn.statistics import statistics
 from tinynn.tensor import Tensor, no_grad
 from tinynn.train import Converged, History, converged, evaluate, fit, predict
 
@@ -57,6 +58,7 @@ __all__ = [
     "observe",
     "ops",
     "predict",
+    "profile",
     "prune",
     "rmse",
     "save",
@@ -64,5 +66,6 @@ __all__ = [
     "select",
     "set_threads",
     "softmax_cross_entropy",
+    "statistics",
     "use_variant",
 ]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from tinynn import warmup
+from tinynn import profile, warmup
 from tinynn.errors import TinynnError
 
 
@@ -28,7 +28,7 @@ class Command(Protocol):
         ...
 
 
-COMMANDS: dict[str, Command] = {"warmup": warmup}
+COMMANDS: dict[str, Command] = {"warmup": warmup, "profile": profile}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -194,21 +194,9 @@ class Tensor:
         if seed.shape != self.shape:
             raise ShapeError(f"backward: required grad of shape {self.shape}; came {seed.shape}")
 
-        pending: dict[int, Array] = {id(self): seed}
-        for tensor in newest_first(self):
-            upstream = pending.pop(id(tensor), None)
-            if upstream is None:
-                continue
-            node = tensor._node
-            if node is None:
+        for tensor, upstream in gradients(self, seed, retain):
+            if tensor._node is None:
                 tensor._accumulate(upstream)
-                continue
-            for operand, g in zip(node.inputs, node.gradients(upstream), strict=True):
-                if g is not None and operand.requires_grad:
-                    so_far = pending.get(id(operand))
-                    pending[id(operand)] = np.asarray(g) if so_far is None else add(so_far, g)
-            if not retain:
-                node.saved = None
 
     def _accumulate(self, grad: Array) -> None:
         if grad.shape != self.shape:
@@ -293,6 +281,24 @@ def newest_first(root: Tensor) -> list[Tensor]:
                 found[id(t)] = t
                 stack.append(t)
     return sorted(found.values(), key=lambda t: t._node.index if t._node else 0, reverse=True)
+
+
+def gradients(root: Tensor, seed: Array, retain: bool) -> Iterator[tuple[Tensor, Array]]:
+    """Every Tensor that `seed` reaches from `root`, newest first, with its gradient."""
+    pending = {id(root): seed}
+    for tensor in newest_first(root):
+        upstream, node = pending.pop(id(tensor), None), tensor._node
+        if upstream is None:
+            continue
+        yield tensor, upstream
+        if node is None:
+            continue
+        for operand, g in zip(node.inputs, node.gradients(upstream), strict=True):
+            if g is not None and operand.requires_grad:
+                so_far = pending.get(id(operand))
+                pending[id(operand)] = np.asarray(g) if so_far is None else add(so_far, g)
+        if not retain:
+            node.saved = None
 
 
 def _owner(array: Array) -> object:

@@ -1,4 +1,7 @@
-"""How long a call takes: the median over rounds, contestants interleaved round by round."""
+"""How long a call takes: the median over rounds, contestants interleaved round by round.
+
+The standard library alone: a process that times another library must not load ours.
+"""
 
 from __future__ import annotations
 
