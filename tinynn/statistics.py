@@ -86,7 +86,7 @@ class LayerStatistics:
         """Count a batch of results in."""
         self.activation.add(activation)
         if activation.ndim > 1:
-            seen = activation.reshape(-1, activation.shape[-1]).any(axis=0)
+            seen: Array = np.any(activation.reshape(-1, activation.shape[-1]), axis=0)
             self.used = seen if self.used is None else self.used | seen
 
 

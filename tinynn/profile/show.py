@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tinynn.profile.parts import Bound, Profile
@@ -99,7 +99,7 @@ def picture(profile: Profile) -> bytes:
         fontsize=9,
     )
     grey = "#555555"
-    handles = [Patch(color=colour, label=f"limited by {k}") for k, colour in _COLOURS.items()]
+    handles: list[Any] = [Patch(color=c, label=f"limited by {k}") for k, c in _COLOURS.items()]
     handles.append(Patch(facecolor=grey, edgecolor=grey, label="forward"))
     handles.append(Patch(facecolor="none", edgecolor=grey, label="backward"))
     handles.append(Line2D([], [], color="black", label="bound: the least time"))
