@@ -26,6 +26,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11"],
         "peers": ["torch==2.13.0", "onnxruntime>=1.20", "onnx>=1.17", "openvino>=2025.0"],
+        "onnx": ["onnx>=1.17"],
         "cluster": ["dask[distributed]>=2024.8"],
     },
     classifiers=[

@@ -27,6 +27,7 @@ LAYERS = [
     ["tinynn.observe", "tinynn.count", "tinynn.checkpoint", "tinynn.statistics"],
     ["tinynn.train", "tinynn.models"],
     ["tinynn.compress"],
+    ["tinynn.onnx"],
     ["tinynn.warmup", "tinynn.profile"],
     ["tinynn"],
     ["tinynn.__main__"],

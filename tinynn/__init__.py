@@ -1,7 +1,7 @@
 """tinynn: a neural-network engine in which every step can be read, changed, and is fast."""
 
 from kernels._jit import get_threads, max_threads, set_threads
-from tinynn import data, graph, init, nn, ops, profile, schedule
+from tinynn import data, graph, init, nn, onnx, ops, profile, schedule
 from tinynn.compress import distort, importance, merge, prune, select
 from tinynn.count import Count, count
 from tinynn.data import Batches
@@ -56,6 +56,7 @@ __all__ = [
     "nn",
     "no_grad",
     "observe",
+    "onnx",
     "ops",
     "predict",
     "profile",

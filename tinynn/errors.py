@@ -49,3 +49,11 @@ class PruneError(TinynnError, ValueError):
 
 class ConfigError(TinynnError, ValueError):
     """A hyper-parameter outside its range."""
+
+
+class UnsupportedError(TinynnError, NotImplementedError):
+    """Something that is well formed, but that tinynn or the file format has no counterpart for."""
+
+
+class MissingPackageError(TinynnError, ImportError):
+    """An optional package is needed that is not installed."""

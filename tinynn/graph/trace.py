@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from tinynn.graph.groups import Group, find_groups
 from tinynn.graph.parts import Kind, Node, Value
 from tinynn.graph.picture import draw
 from tinynn.nn.module import Module, mode, running_module
-from tinynn.op import Op
+from tinynn.op import Array, Op
 from tinynn.tensor import Tensor, no_grad, recording
 
 
@@ -23,6 +24,8 @@ class Graph:
     nodes: tuple[Node, ...]
     input: Value
     output: Value
+    #: the arrays of parameters, buffers and constants by the index of their value: the model's own
+    arrays: Mapping[int, Array] = field(default_factory=dict, repr=False, compare=False)
 
     def groups(self) -> list[Group]:
         """The channel groups in the order in which the network computes them: see `find_groups`."""
@@ -68,4 +71,5 @@ def trace(model: Module, example: npt.ArrayLike | Tensor) -> Graph:
         out = model(x)
     if not isinstance(out, Tensor) or id(out._data) not in values:
         raise GraphError(f"trace: required one Tensor made from the example; came {type(out)}")
-    return Graph(tuple(nodes), values[id(x._data)], values[id(out._data)])
+    arrays = {values[id(t._data)].index: t._data for t in alive if not values[id(t._data)].is_data}
+    return Graph(tuple(nodes), values[id(x._data)], values[id(out._data)], arrays)
