@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels.geometry import Window, window
+from kernels.geometry import Padding, Pair, Window, window
 from tinynn.errors import UnsupportedError
 from tinynn.graph import Node, Value
 from tinynn.onnx.means import reduce
@@ -30,7 +30,7 @@ def _conv(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
         kernel = kernel.transpose(2, 3, 0, 1).reshape(-1, 1, *kernel.shape[:2])
     else:
         kernel = kernel.transpose(3, 2, 0, 1)
-    win = window(*x.shape[1:3], weight.shape[:2], op.stride, op.padding, op.dilation)
+    win = _window(x, weight.shape, op.stride, op.padding, op.dilation)
     inputs = [w.image(x), w.store(weight, op.name, kernel), *map(w.plain, bias)]
     group = x.shape[3] if depthwise else 1
     w.put(node, w.emit(node, "Conv", inputs, group=group, **_geometry(win)), "image")
@@ -40,7 +40,7 @@ def _conv_transpose(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
     op: Any = node.op
     x, weight, *bias = node.inputs
     kernel = w.array(node, weight).transpose(2, 3, 0, 1)
-    win = window(*node.output.shape[1:3], weight.shape[:2], op.stride, op.padding)
+    win = _window(node.output, weight.shape, op.stride, op.padding)
     # rows and columns at the end that the windows of the forward convolution do not reach
     beyond = [
         n - (s * (m - 1) + k - sum(p))
@@ -56,7 +56,7 @@ def _conv_transpose(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
 def _pool(kind: str, w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
     op: Any = node.op
     (x,) = node.inputs
-    win = window(*x.shape[1:3], op.kernel_size, op.stride, op.padding)
+    win = _window(x, op.kernel_size, op.stride, op.padding)
     if any(max(p) >= k for p, k in zip(win.padding, win.kernel, strict=True)):
         raise UnsupportedError(
             f"onnx.export: {op.name} in {node.path!r} pads by {win.padding}; ONNX runtimes require "
@@ -67,6 +67,13 @@ def _pool(kind: str, w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None
     if kind == "AveragePool":
         geometry["count_include_pad"] = 0
     w.put(node, w.emit(node, kind, [w.image(x)], **geometry), "image")
+
+
+def _window(
+    image: Value, kernel: Shape, stride: Pair, padding: Padding, dilation: Pair = (1, 1)
+) -> Window:
+    height, width = image.shape[1:3]
+    return window(height, width, (kernel[0], kernel[1]), stride, padding, dilation)
 
 
 def _geometry(win: Window) -> dict[str, Any]:

@@ -76,7 +76,9 @@ def _larger(
             f"onnx.export: the model does not run with a batch of {len(batch) + 1}: {error}"
         ) from error
     folded = means(small)
-    exempt = {m.factor.index for m in folded.values()} if folded.keys() == means(large).keys() else ()
+    exempt = (
+        {m.factor.index for m in folded.values()} if folded.keys() == means(large).keys() else ()
+    )
     for a, b in zip_longest(small.nodes, large.nodes):
         if a is None or b is None or not _alike(a, b):
             node = a or b
@@ -139,5 +141,7 @@ def _message(onnx: object, writer: Writer, graph: Graph, shapes: dict[int, Shape
     try:
         lib.checker.check_model(message, full_check=True)
     except (lib.checker.ValidationError, lib.shape_inference.InferenceError) as error:
-        raise FileFormatError(f"onnx.export: the ONNX checker refuses the graph: {error}") from error
+        raise FileFormatError(
+            f"onnx.export: the ONNX checker refuses the graph: {error}"
+        ) from error
     return message.SerializeToString()

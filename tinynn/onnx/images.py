@@ -22,7 +22,11 @@ def conv(call: Call) -> None:
     stride, dilation = call.sizes("strides", 2, 1), call.sizes("dilations", 2, 1)
     _same_kernel(call, kernel)
     padding = _padding(call, kernel, stride, dilation)
-    options = {"stride": _pair(stride), "dilation": _pair(dilation), "padding": padding}
+    options: dict[str, Any] = {
+        "stride": _pair(stride),
+        "dilation": _pair(dilation),
+        "padding": padding,
+    }
     if group == 1:
         form, values = "conv", weight.transpose(2, 3, 1, 0)
         layer: Any = nn.Conv2d(taken, made, _pair(kernel), **options, **_given(values))
@@ -33,7 +37,9 @@ def conv(call: Call) -> None:
             group, _pair(kernel), multiplier=made // group, **options, **_given(values)
         )
     else:
-        raise call.refuse(f"attribute group={group} with weights {weight.shape}: only 1 or depthwise")
+        raise call.refuse(
+            f"attribute group={group} with weights {weight.shape}: only 1 or depthwise"
+        )
     _finish(call, layer, form, values)
 
 

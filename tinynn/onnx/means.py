@@ -34,7 +34,11 @@ def means(graph: Graph) -> dict[int, Mean]:
             continue
         count = math.prod(total.inputs[0].shape[a] for a in total.op.axes)
         alone = uses[source.index] == 1 and source.index != graph.output.index
-        if alone and not factor.shape and graph.arrays[factor.index] == factor.dtype.type(1 / count):
+        if (
+            alone
+            and not factor.shape
+            and graph.arrays[factor.index] == factor.dtype.type(1 / count)
+        ):
             found[i] = Mean(total, node, factor)
     return found
 

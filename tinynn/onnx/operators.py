@@ -227,7 +227,10 @@ def _global_pool(function: str, call: Call) -> None:
 
 
 def _reduce(function: str, call: Call) -> None:
-    keepdims, nothing = bool(call.attribute("keepdims", 1)), call.attribute("noop_with_empty_axes", 0)
+    keepdims, nothing = (
+        bool(call.attribute("keepdims", 1)),
+        call.attribute("noop_with_empty_axes", 0),
+    )
     axes = call.whole(1, "axes") if call.has(1) else call.attribute("axes", ())
     x = call.data(0)
     if not axes and nothing:
@@ -290,7 +293,7 @@ def _flatten(call: Call) -> None:
 
 
 def _one_pixel(call: Call) -> bool:
-    """Whether the operand is an image of one pixel or one channel: its elements are in one order."""
+    """Whether the operand is an image of one pixel or one channel: both orders are one."""
     shape = call.shape(0)
     return shape is not None and len(shape) == 4 and (shape[2:] == (1, 1) or shape[1] == 1)
 

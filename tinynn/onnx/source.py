@@ -11,7 +11,7 @@ from tinynn.errors import FileFormatError, UnsupportedError
 from tinynn.op import Array
 from tinynn.storage import PathLike
 
-OLDEST, NEWEST = 7, 26  #: opsets; before 7 operators broadcast by other rules
+OLDEST, NEWEST = 7, 28  #: opsets; before 7 operators broadcast by other rules
 _LARGEST = 2**31 - 1  #: bytes of one protobuf message
 _MOST_AXES = 16
 _EXTERNAL = 1
