@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tinynn as tn
+from kernels import codebook
 from tinynn import nn, ops
 from tinynn.compress import cluster, factorize, importance, prune, select, sparsify
 from tinynn.errors import ConfigError, PruneError, ShapeError
@@ -241,20 +242,15 @@ def test_a_book_gives_the_weights_back(rows: int, m_out: int, values: int, apart
     rng = np.random.default_rng(rows)
     w = rng.integers(0, values, (rows, m_out)).astype(np.float32)
     w += np.arange(m_out, dtype=np.float32) * 1000 * apart
-    found = cluster.book(w)
+    found = cluster.pack(w)
     if found is None:
         few = len(np.unique(w))
         bits = max(1, (few - 1).bit_length())
         assert few > 256 or -(-w.size * bits // 8) + 4 * max(2, few) >= w.nbytes
         return
-    assert found.nbytes < w.nbytes and found.book.shape[-1] <= 2**found.bits <= 256
-    columns = found.codes.reshape(-1, m_out)
-    back = (
-        found.book[columns]
-        if found.book.ndim == 1
-        else np.take_along_axis(found.book.T, columns.astype(int), axis=0)
-    )
-    np.testing.assert_array_equal(back, w)
+    assert found.nbytes < w.nbytes
+    np.testing.assert_array_equal(codebook.unpack(found), w)
+    assert cluster.pack(w.astype(np.float64)) is None
 
 
 def test_bytes_are_those_of_packed_codes_books_and_the_rest() -> None:
@@ -266,6 +262,9 @@ def test_bytes_are_those_of_packed_codes_books_and_the_rest() -> None:
     assert cluster.nbytes(cluster.kmeans(model, 4)) == packed
     sparse = sparsify.weights(model, sparsify.magnitude, sparsify.share(0.3))
     assert cluster.nbytes(cluster.kmeans(sparse, 4)) == packed  # zero is one of the four
+    book = cluster.pack(weights(cluster.kmeans(model, 4, per="channel"))["4.weight"].data)
+    assert book is not None and book.book.shape == (8, 4)
+    assert book.nbytes == 48 * 2 // 8 + 8 * 4 * 4  # one book of all 32 would take 5 bits a weight
     large = nn.Sequential(nn.Linear(64, 64, rng=np.random.default_rng(0)))
     shared = cluster.kmeans(large, 256)
     assert cluster.nbytes(shared) == 64 * 4 + 64 * 64 + 256 * 4

@@ -13,11 +13,12 @@ Weights are the parameters with two axes or more.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from kernels import codebook
+from kernels.codebook import CodeBook
 from tinynn.compress.sparsify import weights_of
 from tinynn.errors import ConfigError
 from tinynn.nn.module import Module
@@ -152,52 +153,35 @@ def _spread(values: Array, count: int, rng: np.random.Generator) -> Array:
 # --- what it takes to store -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Book:
-    """Weights as numbers of entries of a code book, as `kernels.codebook` packs them."""
+def pack(weights: Array) -> CodeBook | None:
+    """Weights (K, N) or (KH, KW, C, N) by packed codes and one book, or one for each N if smaller.
 
-    codes: Array  #: uint8, of the weights' shape
-    book: (
-        Array  #: (entries,) or (m_out, entries), of the weights' dtype; rows may repeat their last
-    )
-
-    @property
-    def bits(self) -> int:
-        """Bits a code."""
-        return max(1, (self.book.shape[-1] - 1).bit_length())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed codes and the book."""
-        return -(-self.codes.size * self.bits // 8) + self.book.nbytes
-
-
-def book(weights: Array) -> Book | None:
-    """Weights (..., m_out) as codes and the smaller of one book or one for each of the last axis.
-
-    It is found from the values alone, zeros of pruned weights among them. None if neither takes at
-    most 256 entries a book, or both take more bytes than the weights as they are.
+    The values alone are read, zeros of pruned weights among them, so that models from files will
+    do. None where neither has at most 256 entries a book, where both take more bytes than the
+    weights, and for weights that are not float32.
     """
+    if weights.dtype != np.float32 or weights.ndim not in (2, 4):
+        return None
     found = [b for b in (_one_book(weights), _channel_books(weights)) if b is not None]
     best = min(found, key=lambda b: b.nbytes, default=None)
     return None if best is None or best.nbytes >= weights.nbytes else best
 
 
-def _one_book(weights: Array) -> Book | None:
+def _one_book(weights: Array) -> CodeBook | None:
     values, codes = np.unique(weights, return_inverse=True)
     if len(values) > 256:
         return None
-    return Book(codes.reshape(weights.shape).astype(np.uint8), _filled(values, 2))
+    return codebook.pack(codes.reshape(weights.shape), _filled(values, 2))
 
 
-def _channel_books(weights: Array) -> Book | None:
+def _channel_books(weights: Array) -> CodeBook | None:
     columns = weights.reshape(-1, weights.shape[-1]).T
     found = [np.unique(column, return_inverse=True) for column in columns]
     entries = max(2, *(len(values) for values, _ in found))
     if entries > 256:
         return None
-    codes = np.stack([codes.ravel() for _, codes in found], axis=1).astype(np.uint8)
-    return Book(codes.reshape(weights.shape), np.stack([_filled(v, entries) for v, _ in found]))
+    codes = np.stack([codes.ravel() for _, codes in found], axis=1).reshape(weights.shape)
+    return codebook.pack(codes, np.stack([_filled(values, entries) for values, _ in found]))
 
 
 def _filled(values: Array, entries: int) -> Array:
@@ -208,6 +192,6 @@ def nbytes(model: Module) -> int:
     """Bytes of all parameters and buffers, weights with few values as packed codes and books."""
     total = sum(b.nbytes for _, b in model.named_buffers())
     for p in model.parameters():
-        packed = book(p.data) if p.ndim >= 2 else None
+        packed = pack(p.data)
         total += p.data.nbytes if packed is None else packed.nbytes
     return total
