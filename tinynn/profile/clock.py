@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels._jit import get_threads
+from kernels.timing import Timing
 from tinynn import roofline
 from tinynn.errors import GraphError
 from tinynn.nn.module import Module, mode, running_module
@@ -62,7 +63,7 @@ def step(
             back = Pass.of(t.backward, *amount, call.backward, limits, size)
         name = t.op + ("+relu" if getattr(work.op, "relu", False) else "")
         layers.append(Layer(work.path, name, work.output, forward, back))
-    return Profile(tuple(layers), x.shape, median(total), len(total), limits)
+    return Profile(tuple(layers), x.shape, Timing.of(total, 1), limits)
 
 
 @dataclass
@@ -121,7 +122,7 @@ def _moved(read: Sequence[Array], written: Sequence[Array]) -> int:
 
 @dataclass
 class _Time:
-    """Median seconds of an op."""
+    """Seconds of an op."""
 
     op: str
     forward: float
@@ -129,7 +130,10 @@ class _Time:
 
 
 def _rounds(
-    run: Callable[[], Tensor], seconds: float, rng: np.random.Generator
+    run: Callable[[], Tensor],
+    seconds: float,
+    rng: np.random.Generator,
+    middle: Callable[[Sequence[float]], float] = median,
 ) -> tuple[list[_Time], list[float]]:
     """Times of the ops that `run` applies, and of the whole; engine and modules included."""
     ops: list[str] = []
@@ -159,7 +163,7 @@ def _rounds(
         if enabled:
             gc.enable()
     columns = zip(ops, zip(*forward, strict=True), zip(*backward, strict=True), strict=True)
-    return [_Time(op, median(f), median(b)) for op, f, b in columns], total
+    return [_Time(op, middle(f), middle(b)) for op, f, b in columns], total
 
 
 def _one_round(
@@ -193,14 +197,17 @@ def _one_round(
 
 
 def _smallest_call(op: type[Op], dtype: np.dtype[Any]) -> _Time:
-    """The time of such an op on the smallest of its samples: next to nothing but the call."""
+    """The time of such an op on the smallest of its samples: next to nothing but the call.
+
+    As it bounds others from below, what the best round reached.
+    """
     sample = min(op.samples(), key=lambda s: sum(math.prod(shape) for shape in s.shapes))
     rng = np.random.default_rng(0)
     arrays = [rng.uniform(sample.low, sample.high, shape).astype(dtype) for shape in sample.shapes]
     if sample.labels is not None:
         arrays[-1] = rng.integers(0, sample.labels, sample.shapes[-1])
     operands = [Tensor(a, requires_grad=a.dtype.kind == "f") for a in arrays]
-    return _rounds(lambda: apply(sample.op, *operands), 0.05, rng)[0][0]
+    return _rounds(lambda: apply(sample.op, *operands), 0.05, rng, min)[0][0]
 
 
 def _single(result: object) -> Tensor:

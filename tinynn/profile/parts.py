@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from kernels.timing import Timing
 from tinynn.op import Shape
 from tinynn.profile.show import picture, table
 from tinynn.roofline import Limits
@@ -90,8 +91,7 @@ class Profile:
 
     layers: tuple[Layer, ...]
     batch: Shape
-    seconds: float  #: of the whole step, median over the rounds
-    rounds: int
+    timing: Timing  #: of the whole step
     limits: Limits
 
     @property
@@ -124,5 +124,5 @@ class Profile:
             for name, p in layer.passes.items():
                 entry[name] = asdict(p) | {"limited_by": p.limited_by, "share": p.share}
             layers.append(entry)
-        facts = {"batch": self.batch, "seconds": self.seconds, "rounds": self.rounds}
+        facts = {"batch": self.batch, "timing": asdict(self.timing)}
         return {**facts, "limits": asdict(self.limits), "layers": layers}

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 _COLOURS: dict[Bound, str] = {"compute": "#3b6fb5", "memory": "#d98e32", "overhead": "#9a9a9a"}
 
+_QUIET_SPREAD = 0.1
+
 
 def table(profile: Profile) -> list[str]:
     """Two lines an op, then what all take together."""
@@ -51,13 +53,16 @@ def _totals(profile: Profile) -> list[str]:
     whole = math.fsum(by_bound.values()) or 1.0
     lines += [
         "of the time, limited by " + ", ".join(f"{k} {s / whole:.0%}" for k, s in by_bound.items()),
-        f"forward and backward at once: {profile.seconds * 1e3:.3f} ms, median of {profile.rounds} "
+        f"forward and backward at once: {profile.timing.median * 1e3:.3f} ms, median of "
+        f"{profile.timing.rounds} "
         f"rounds, batch {'x'.join(map(str, profile.batch))}, "
         f"{profile.limits.threads} thread{'s' * (profile.limits.threads > 1)}",
     ]
     limits = profile.limits
     rates = ", ".join(f"{k} {rate / 1e9:.0f}" for k, rate in limits.bandwidths.items())
     lines.append(f"limits: {limits.flops / 1e9:.0f} GFLOP/s float32; read {rates} GB/s")
+    if profile.timing.spread > _QUIET_SPREAD:
+        lines.append(f"the rounds vary by {profile.timing.spread:.0%}: other work disturbed them")
     if not limits.trustworthy():
         lines.append(f"the limits vary by {limits.spread:.0%}: other work disturbed them")
     return lines
@@ -94,8 +99,8 @@ def picture(profile: Profile) -> bytes:
     axes.set_xlabel("milliseconds; %: the bound's share of the measured time", fontsize=8)
     batch, threads = "×".join(map(str, profile.batch)), profile.limits.threads
     axes.set_title(
-        f"batch {batch}, {threads} thread{'s' * (threads > 1)}: {profile.seconds * 1e3:.2f} ms "
-        "forward and backward",
+        f"batch {batch}, {threads} thread{'s' * (threads > 1)}: "
+        f"{profile.timing.median * 1e3:.2f} ms forward and backward",
         fontsize=9,
     )
     grey = "#555555"
