@@ -172,6 +172,8 @@ TORCH: dict[str, Any] = {
         op, (x - m) * (g / (v + op.eps).sqrt()) + b
     ),
     "scale_shift": lambda T, op, x, a, b: _rectified(op, x * a + b),
+    "fake_quantize": lambda T, op, x, s, a, b: s * T.minimum(T.maximum((x / s).round(), a), b),
+    "round_to_half": lambda T, op, x: x.clamp(-65504, 65504).half().to(x.dtype),
     "take": lambda T, op, x, i: x[i],
     "softmax": lambda T, op, x: x.softmax(op.axis),
     "log_softmax": lambda T, op, x: x.log_softmax(op.axis),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -91,20 +92,92 @@ class Statistics:
         self.samples = total
 
 
+@dataclass
+class Histogram:
+    """How often which numbers occurred in a whole activation, for the choice of a range.
+
+    Bin i covers [(i - bins) width, (i - bins + 1) width), where width = reach / bins and the reach
+    is the smallest power of two above every magnitude so far: when it grows, neighbours are added,
+    so that the counts are those of one pass with the final bins. Exact zeros, which a ReLU makes
+    in numbers, are counted apart. `bins` is a power of two.
+    """
+
+    bins: int = 2048
+    reach: float = 0.0
+    low: float = math.inf  #: the smallest number
+    high: float = -math.inf  #: the largest
+    zeros: int = 0
+    counts: Array = field(init=False)  #: (2 bins,)
+
+    def __post_init__(self) -> None:
+        if self.bins < 1 or self.bins & (self.bins - 1):
+            raise DataError(f"Histogram: required a power of two; came {self.bins} bins")
+        self.counts = np.zeros(2 * self.bins, np.int64)
+
+    @property
+    def width(self) -> float:
+        """The width of a bin; 0 while all numbers are 0."""
+        return self.reach / self.bins
+
+    @property
+    def centres(self) -> Array:
+        """The middle of each bin, (2 bins,)."""
+        return (np.arange(-self.bins, self.bins) + 0.5) * self.width
+
+    def add(self, activation: Array) -> None:
+        """Take in finite numbers."""
+        x = activation.reshape(-1)
+        low, high = float(x.min()), float(x.max())
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self._widen(max(-low, high))
+        zeros = x.size - np.count_nonzero(x)
+        self.zeros += zeros
+        if not self.reach:
+            return
+        place = np.floor(x * x.dtype.type(self.bins / self.reach)).astype(np.int64) + self.bins
+        self.counts += np.bincount(place, minlength=2 * self.bins)
+        self.counts[self.bins] -= zeros
+
+    def merge(self, other: Histogram) -> None:
+        """Take in what another of as many bins has counted."""
+        counts = Histogram(other.bins, other.reach)
+        counts.counts = other.counts.copy()
+        self._widen(other.reach / 2)
+        counts._widen(self.reach / 2)
+        self.counts += counts.counts
+        self.zeros += other.zeros
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+
+    def _widen(self, magnitude: float) -> None:
+        if magnitude < self.reach or not magnitude:
+            return
+        reach = math.ldexp(1.0, math.frexp(magnitude)[1])
+        if self.reach:
+            factor = min(int(min(reach / self.reach, 2.0**40)), self.bins)
+            above = self.counts[self.bins :].reshape(-1, factor).sum(axis=1)
+            below = self.counts[: self.bins].reshape(-1, factor).sum(axis=1)
+            self.counts = np.zeros_like(self.counts)
+            self.counts[self.bins : self.bins + len(above)] = above
+            self.counts[self.bins - len(below) : self.bins] = below
+        self.reach = reach
+
+
 class Observer:
     """The graph of a model and the statistics of every value that an op computed in it.
 
     `example`: a batch of one or more rows on which the graph is traced. A value whose last axis
     changes its length with the batch has no channels and no statistics, nor has one without axes.
+    With `bins` every value has a `Histogram`, too.
     """
 
-    def __init__(self, model: Module, example: Array) -> None:
+    def __init__(self, model: Module, example: Array, *, bins: int = 0) -> None:
         self.example = np.array(example)
         self.graph = trace(model, example)
         self._digest = _digest(model)
         self._paths = {id(m): path for path, m in model.named_modules()}
         values = [self.graph.input, *(n.output for n in self.graph.nodes)]
         self._statistics = {v.index: Statistics(v.channels) for v in values if v.shape}
+        self._histograms = {v.index: Histogram(bins) for v in values} if bins else {}
 
     def __contains__(self, value: Value) -> bool:
         return value.index in self._statistics
@@ -113,6 +186,12 @@ class Observer:
         if value not in self:
             raise GraphError(f"observe: nothing was observed of {value}: it has no channels")
         return self._statistics[value.index]
+
+    def histogram(self, value: Value) -> Histogram:
+        """The histogram of a value. Raises GraphError if none were asked for."""
+        if value.index not in self._histograms:
+            raise GraphError(f"observe: no histogram of {value}: observe(..., bins=2048) makes them")
+        return self._histograms[value.index]
 
     def require(self, model: Module, who: str) -> None:
         """Raise PruneError unless this was observed on `model` as it is now, for the pass `who`."""
@@ -165,21 +244,27 @@ class Observer:
                 f"observe: in {what}, {bad} of {value.channels} channels are not finite, or too "
                 "large for their variance"
             )
+        if value.index in self._histograms:
+            self._histograms[value.index].add(activation)
 
 
 Watching = TypeVar("Watching", bound=Observer)
 
 
-def observe(model: Module, data: Iterable[Any]) -> Observer:
+def observe(model: Module, data: Iterable[Any], *, bins: int = 0) -> Observer:
     """Run `model` in eval mode over `data` (batches: arrays, or tuples whose first is the input).
+
+    With `bins`, a power of two, every value has a histogram of twice as many bins, besides.
 
     Raises DataError if there is no batch or an empty one, GraphError if the model's ops depend on
     the data, NonFiniteError naming the op and its module if an activation is NaN or infinite.
     """
-    return observe_by(Observer, model, data)
+    return observe_by(lambda m, example: Observer(m, example, bins=bins), model, data)
 
 
-def observe_by(kind: type[Watching], model: Module, data: Iterable[Any]) -> Watching:
+def observe_by(
+    kind: Callable[[Module, Array], Watching], model: Module, data: Iterable[Any]
+) -> Watching:
     """The same by an Observer of another kind, which sees every activation."""
     observer = None
     with mode(model, training=False):

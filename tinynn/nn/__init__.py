@@ -21,10 +21,12 @@ from tinynn.nn.conv import (
     KernelComposingConv2d,
     MaxPool2d,
     PointwiseConv2d,
+    ScaleShift,
     SeparableConv2d,
 )
 from tinynn.nn.layers import Dropout, Flatten, Linear, ReLU, Sigmoid, Softmax, Tanh
 from tinynn.nn.module import Module, Parameter, Sequential
+from tinynn.nn.quantized import Quantized
 from tinynn.nn.serialize import load, save
 
 __all__ = [
@@ -48,8 +50,10 @@ __all__ = [
     "Module",
     "Parameter",
     "PointwiseConv2d",
+    "Quantized",
     "ReLU",
     "ResidualBlock",
+    "ScaleShift",
     "Scatter",
     "SeparableConv2d",
     "SeparableResidualBlock",

@@ -73,10 +73,16 @@ class _Sliding(_Windowed):
     _op: ClassVar[Callable[..., Tensor]]
 
     def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        return self.using(x, self.weight, self.bias, relu=relu)
+
+    def using(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False
+    ) -> Tensor:
+        """The layer with these weights in the place of its own, rounded ones for instance."""
         return type(self)._op(
             x,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
@@ -202,10 +208,16 @@ class ConvTranspose2d(_Windowed):
         )
 
     def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        return self.using(x, self.weight, self.bias, relu=relu)
+
+    def using(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False
+    ) -> Tensor:
+        """The layer with these weights in the place of its own."""
         return ops.conv_transpose2d(
             x,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             stride=self.stride,
             padding=self.padding,
             output=self.output,
@@ -265,6 +277,38 @@ class BatchNorm(Module):
     def extra(self) -> str:
         """The number of channels."""
         return f"{self.gamma.size}"
+
+
+class ScaleShift(Module):
+    """y = x weight + bias, one factor and one summand a channel: x (..., C), weight, bias (C,).
+
+    What is left of a batch normalisation that follows no convolution: see `fold_batchnorm`.
+    """
+
+    rectifies = True
+
+    def __init__(self, weight: npt.ArrayLike, bias: npt.ArrayLike) -> None:
+        self.weight, self.bias = Parameter(weight), Parameter(bias)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ShapeError or DTypeError unless both are vectors of one size."""
+        require_parameters("ScaleShift", self.weight, self.bias)
+        if self.weight.ndim != 1 or self.weight.shape != self.bias.shape:
+            raise ShapeError(
+                f"ScaleShift: weight {self.weight.shape} and bias {self.bias.shape} do not fit"
+            )
+
+    def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        return self.using(x, self.weight, self.bias, relu=relu)
+
+    def using(self, x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = False) -> Tensor:
+        """The layer with these weights in the place of its own."""
+        return ops.scale_shift(x, weight, bias, relu=relu)
+
+    def extra(self) -> str:
+        """The number of channels."""
+        return f"{self.weight.size}"
 
 
 class MaxPool2d(Module):

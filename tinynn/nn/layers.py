@@ -45,7 +45,13 @@ class Linear(Module):
             raise ShapeError(f"Linear: required weight (K, N) and bias (N,); came {shapes}")
 
     def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
-        return ops.linear(x, self.weight, self.bias, relu=relu)
+        return self.using(x, self.weight, self.bias, relu=relu)
+
+    def using(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False
+    ) -> Tensor:
+        """The layer with these weights in the place of its own, rounded ones for instance."""
+        return ops.linear(x, weight, bias, relu=relu)
 
     def extra(self) -> str:
         """The sizes."""

@@ -345,6 +345,11 @@ def mode(model: Module, training: bool) -> Iterator[None]:
             module.training = was
 
 
+def rectifying(module: Module) -> bool:
+    """Whether the module's forward takes `relu=True`: see `Module.rectifies`."""
+    return _says(module, "rectifies")
+
+
 def _says(module: Module | None, flag: str) -> bool:
     """Whether the class that defines the module's forward sets this flag.
 

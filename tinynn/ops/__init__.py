@@ -24,6 +24,7 @@ from tinynn.ops.linear import linear, matmul
 from tinynn.ops.loss import log_softmax, mse, rmse, softmax, softmax_cross_entropy
 from tinynn.ops.norm import batchnorm, batchnorm_eval, scale_shift
 from tinynn.ops.pool import avg_pool2d, global_avg_pool2d, max_pool2d
+from tinynn.ops.quantize import fake_quantize, round_to_half
 from tinynn.ops.reduce import max, mean, sum, var
 from tinynn.ops.shape import concat, flatten, index, pad, reshape, scatter, take, transpose
 
@@ -41,6 +42,7 @@ __all__ = [
     "depthwise_conv2d",
     "div",
     "exp",
+    "fake_quantize",
     "flatten",
     "global_avg_pool2d",
     "index",
@@ -61,6 +63,7 @@ __all__ = [
     "relu",
     "reshape",
     "rmse",
+    "round_to_half",
     "scale_shift",
     "scatter",
     "sigmoid",
