@@ -130,7 +130,7 @@ class Histogram:
         low, high = float(x.min()), float(x.max())
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._widen(max(-low, high))
-        zeros = x.size - np.count_nonzero(x)
+        zeros = x.size - int(np.count_nonzero(x))
         self.zeros += zeros
         if not self.reach:
             return
@@ -190,7 +190,9 @@ class Observer:
     def histogram(self, value: Value) -> Histogram:
         """The histogram of a value. Raises GraphError if none were asked for."""
         if value.index not in self._histograms:
-            raise GraphError(f"observe: no histogram of {value}: observe(..., bins=2048) makes them")
+            raise GraphError(
+                f"observe: no histogram of {value}: observe(..., bins=2048) makes them"
+            )
         return self._histograms[value.index]
 
     def require(self, model: Module, who: str) -> None:

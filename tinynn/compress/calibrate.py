@@ -47,7 +47,9 @@ def percentile(share: float = 99.99) -> Range:
         edges = np.arange(-seen.bins, seen.bins + 1) * seen.width
         outside = total[-1] * (1 - share / 100)
         # the last edge up to which no more than `outside` lie, and in its bin in proportion
-        ends = np.interp([outside, total[-1] - outside], total + np.arange(len(total)) * 1e-9, edges)
+        ends = np.interp(
+            [outside, total[-1] - outside], total + np.arange(len(total)) * 1e-9, edges
+        )
         least, most = minmax(seen, steps)
         return max(least, min(float(ends[0]), 0.0)), min(most, max(float(ends[1]), 0.0))
 
@@ -58,7 +60,7 @@ def mse(seen: Histogram, steps: int) -> tuple[float, float]:
     """The cut with the least mean squared error of the rounded numbers.
 
     Found among 128 equally distant magnitudes; all of a bin counts as its middle. Choukroun et al.
-    2019, "Low-bit quantization of neural networks for efficient inference", eq. 5.
+    2019, "Low-bit quantization of neural networks for efficient inference", MMSE.
     """
     return _best(seen, lambda t: squared_error(seen, *_cut(seen, t), steps))
 
@@ -66,7 +68,7 @@ def mse(seen: Histogram, steps: int) -> tuple[float, float]:
 def kl(seen: Histogram, steps: int) -> tuple[float, float]:
     """The cut whose rounded numbers have the distribution that diverges least from the true one.
 
-    Migacz 2017, "8-bit inference with TensorRT", slides 38 to 40 of GTC 2017: the distribution P of
+    Migacz 2017, "8-bit inference with TensorRT" (GTC): the distribution P of
     the numbers, with those beyond the cut in its last bin, against the distribution Q that is P
     without them, gathered in as many parts as there are levels and spread over the bins that were
     not empty. Of magnitudes, with half the levels for each sign if there are both; without zeros.
@@ -98,11 +100,12 @@ def _divergence(sizes: Array, n: int, levels: int) -> float:
 
 
 def aciq(distribution: Distribution = "best") -> Range:
-    """The cut with the least expected squared error if the numbers are Laplace or Gauss distributed.
+    """The cut with the least expected squared error of Laplace or Gauss distributed numbers.
 
     Banner et al. 2019, "Post training 4-bit quantization of convolutional networks for rapid-
-    deployment", eqs. 5 and A11: about 0, the parameters those of the numbers that are not 0; for
-    numbers of one sign half the distribution. "best" is the one that really has the smaller error.
+    deployment", analytical clipping: about 0, the parameters those of the numbers that are not 0;
+    for numbers of one sign half the distribution. "best" is the one that really has the smaller
+    error.
     """
     _require(distribution)
 
@@ -176,13 +179,15 @@ def weights_aciq(distribution: Distribution = "best") -> Clip:
             for kind, width in spread.items()
             if distribution in (kind, "best")
         ]
-        return _least_columns(weights, steps, [np.minimum(c, largest(weights, steps)) for c in cuts])
+        return _least_columns(
+            weights, steps, [np.minimum(c, largest(weights, steps)) for c in cuts]
+        )
 
     return find
 
 
 def weights_mmse(weights: Array, steps: Array) -> Array:
-    """The cut with the least squared error, among 128 (Choukroun et al. 2019, eq. 5)."""
+    """The cut with the least squared error, among 128 magnitudes (Choukroun et al. 2019)."""
     top = largest(weights, steps)
     return _least_columns(
         weights, steps, [top * k / _CANDIDATES for k in range(_CANDIDATES, 0, -1)]
@@ -205,7 +210,7 @@ def allocate(widths: Array, bits: int, *, least: int = 2, most: int = 8) -> Arra
 
     The levels are in proportion to width^(2/3), which minimises the sum of the squared errors, and
     rounded to the nearest number of bits; `widths` (N,) are the channels' ranges. Banner et al.
-    2019, section 3, eq. 10.
+    2019, per-channel bit allocation.
     """
     shares = np.where(widths > 0, widths, 0) ** (2 / 3)
     if not shares.any():
@@ -225,8 +230,8 @@ def clipping(distribution: str, intervals: int) -> float:
         laplace:  2 e^-t + t^2 / (3 intervals^2)
         gauss:    2 ((1 + t^2) Q(t) - t phi(t)) + t^2 / (3 intervals^2)
 
-    (Banner et al. 2019, eqs. 5 and A11), by bisection of the derivative. For 2, 3 and 4 bits 2.83,
-    3.89, 5.03 and 1.71, 2.15, 2.55.
+    (Banner et al. 2019), by bisection of the derivative. For 2, 3 and 4 bits 2.83,
+    3.90, 5.03 and 1.71, 2.15, 2.56.
     """
 
     def slope(t: float) -> float:  # half the derivative

@@ -27,3 +27,12 @@ def exchange(model: Module, new: Mapping[str, Module]) -> Module:
             if id(child) in by_identity:
                 setattr(parent, name, by_identity[id(child)])
     return out
+
+
+def swap(model: Module, old: Module, new: Module) -> None:
+    """Put `new` wherever `old` stands inside `model`, in place and in its mode."""
+    new.train(old.training)
+    for _, parent in list(model.named_modules()):
+        for name, child in list(parent.named_children()):
+            if child is old and parent is not new:
+                setattr(parent, name, new)

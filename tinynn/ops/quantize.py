@@ -1,7 +1,7 @@
 """Fake quantisation: numbers rounded to what few bits can hold, in floating arithmetic.
 
 The gradient of rounding is taken for 1, the straight-through estimator (Bengio et al. 2013,
-"Estimating or propagating gradients through stochastic neurons", section 4), so that a model can
+"Estimating or propagating gradients through stochastic neurons"), so that a model can
 be trained while it computes with rounded numbers.
 """
 
@@ -39,7 +39,7 @@ class FakeQuantize(Op):
     steps from the number 0, which is always on it. For uint8 with a zero point z they are -z and
     255 - z, for symmetric int8 -127 and 127. The gradient of x is 1 inside the range and 0 outside;
     that of the scale is round(x / scale) - x / scale inside, low and high outside, times `gain`
-    (Esser et al. 2020, "Learned step size quantization", eqs. 3 and 5).
+    (Esser et al. 2020, "Learned step size quantization", section 2.1).
     """
 
     gain: float = 1.0
