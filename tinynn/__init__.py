@@ -2,7 +2,7 @@
 
 from kernels._jit import get_threads, max_threads, set_threads
 from tinynn import data, graph, init, nn, onnx, ops, profile, schedule
-from tinynn.compress import distort, importance, merge, prune, select
+from tinynn.compress import calibrate, distort, importance, merge, prune, quantize, select
 from tinynn.count import Count, count
 from tinynn.data import Batches
 from tinynn.diagnose import find_non_finite
@@ -36,6 +36,7 @@ __all__ = [
     "RMSProp",
     "Tensor",
     "accuracy",
+    "calibrate",
     "clip_gradients",
     "converged",
     "count",
@@ -61,6 +62,7 @@ __all__ = [
     "predict",
     "profile",
     "prune",
+    "quantize",
     "rmse",
     "save",
     "schedule",

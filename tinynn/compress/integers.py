@@ -133,9 +133,9 @@ def _of_layer(path: str, module: Quantized) -> dict[str, Array]:
     for name in ("input", "output"):
         quantizer = getattr(module, name)
         if isinstance(quantizer, Quantizer):
-            bits = int(np.max(bits_of(quantizer.low, quantizer.high)))
+            width = int(np.max(bits_of(quantizer.low, quantizer.high)))
             found[f"{path}{name}.scale"] = np.asarray(quantizer.scale, np.float32)
-            found[f"{path}{name}.zero_bits"] = np.array([-quantizer.low[0], bits], np.uint8)
+            found[f"{path}{name}.zero_bits"] = np.array([-quantizer.low[0], width], np.uint8)
     inner: Any = module.layer
     if isinstance(module.weight, HalfQuantizer):
         found[f"{path}weight"] = inner.weight.data.astype(np.float16)

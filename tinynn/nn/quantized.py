@@ -15,9 +15,10 @@ traces a quantised model finds the grids as named values between the ops, as Qua
 DequantizeLinear stand in an ONNX file. `tinynn.compress.integers` reads them.
 
 What runs here differs from the integer arithmetic of `kernels.int8` in two ways: sums are rounded
-as float32 sums, and biases are not rounded to multiples of x_scale w_scale. Given the same rounded
-inputs, a layer's result differs by one step at the most, and by none but where it lies within
-about a thousandth of a step of the middle between two.
+as float32 sums, and biases are not rounded to multiples of x_scale w_scale, the unit of the integer
+sum. Given the same rounded inputs, a layer's result differs by one step at the most, and only where
+it lies that close to the middle between two. The intermediate sum of three operands of an `Add` is
+not rounded.
 """
 
 from __future__ import annotations
