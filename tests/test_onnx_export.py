@@ -214,6 +214,7 @@ def test_training_state_is_left_alone(tmp_path: Path) -> None:
     [
         (lambda x: ops.mse(x, x * 2), "Mse"),
         (lambda x: x * float(len(x.data)), "constant of mul.*batch"),
+        (lambda x: x / float(abs(x.data).max()), "constant of div.*batch"),
         (lambda x: x[: len(x.data)], "index.*size of the batch"),
         (lambda x: x.reshape(2, -1), "does not run with a batch of 3"),
         (lambda x: x * 2 if len(x.data) == 2 else x, "mul.*size of the batch"),

@@ -1,7 +1,7 @@
 """Write a model as an ONNX file.
 
-The model is traced in eval mode with two batch sizes: axes whose sizes differ depend on the batch,
-and a model whose ops differ otherwise has no ONNX graph for all of them.
+The model is traced in eval mode on two batches: axes whose sizes differ depend on the batch's, and
+a model whose ops or constants differ otherwise has no ONNX graph for all inputs.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def export(model: Module, example: npt.ArrayLike | Tensor, path: PathLike) -> No
     axes (images are NHWC; inside they are NCHW), the batch axis is symbolic, weights have the names
     of their parameters, nodes those of their modules.
 
-    Raises UnsupportedError, which names the op, for what ONNX cannot say or a model whose
-    computation depends on the batch size, and MissingPackageError without the onnx package.
+    Raises UnsupportedError, which names the op, for what ONNX cannot say or a model whose ops
+    depend on the batch's size or values, and MissingPackageError without the onnx package.
     """
     onnx = library("onnx.export")
     batch = example._data if isinstance(example, Tensor) else np.asarray(example)
@@ -69,8 +69,10 @@ def _larger(
     model: Module, small: Graph, batch: npt.NDArray[np.floating]
 ) -> tuple[dict[int, Shape], dict[int, Mean]]:
     """Shapes of all values when the batch is larger by one, and the means among the nodes."""
+    # other values, too: what the model computes outside its ops must not depend on them
+    other = (np.concatenate([batch, batch[:1]]) * 0.5 + 0.25).astype(batch.dtype)
     try:
-        large = trace(model, np.concatenate([batch, batch[:1]]))
+        large = trace(model, other)
     except (TinynnError, ValueError, IndexError) as error:
         raise UnsupportedError(
             f"onnx.export: the model does not run with a batch of {len(batch) + 1}: {error}"
