@@ -25,13 +25,16 @@ _ENDS = {True: 2**63 - 1, False: -(2**63)}  #: a slice without end, by whether i
 def _conv(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
     op: Any = node.op
     x, weight, *bias = node.inputs
-    kernel = w.array(node, weight)
-    if depthwise := op.name == "depthwise_conv2d":
-        kernel = kernel.transpose(2, 3, 0, 1).reshape(-1, 1, *kernel.shape[:2])
-    else:
-        kernel = kernel.transpose(3, 2, 0, 1)
+    w.array(node, weight)
+    depthwise = op.name == "depthwise_conv2d"
+
+    def move(kernel: Array) -> Array:
+        if depthwise:
+            return kernel.transpose(2, 3, 0, 1).reshape(-1, 1, *kernel.shape[:2])
+        return kernel.transpose(3, 2, 0, 1)
+
     win = _window(x, weight.shape, op.stride, op.padding, op.dilation)
-    inputs = [w.image(x), w.store(weight, op.name, kernel), *map(w.plain, bias)]
+    inputs = [w.image(x), w.store(weight, op.name, move), *map(w.plain, bias)]
     group = x.shape[3] if depthwise else 1
     w.put(node, w.emit(node, "Conv", inputs, group=group, **_geometry(win)), "image")
 
@@ -39,7 +42,7 @@ def _conv(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
 def _conv_transpose(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
     op: Any = node.op
     x, weight, *bias = node.inputs
-    kernel = w.array(node, weight).transpose(2, 3, 0, 1)
+    w.array(node, weight)
     win = _window(node.output, weight.shape, op.stride, op.padding)
     # rows and columns at the end that the windows of the forward convolution do not reach
     beyond = [
@@ -48,7 +51,8 @@ def _conv_transpose(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
             node.output.shape[1:3], x.shape[1:3], win.stride, win.kernel, win.padding, strict=True
         )
     ]
-    inputs = [w.image(x), w.store(weight, op.name, kernel), *map(w.plain, bias)]
+    kernel = w.store(weight, op.name, lambda kernel: kernel.transpose(2, 3, 0, 1))
+    inputs = [w.image(x), kernel, *map(w.plain, bias)]
     name = w.emit(node, "ConvTranspose", inputs, output_padding=beyond, **_geometry(win))
     w.put(node, name, "image")
 
@@ -139,8 +143,8 @@ def _power(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
 
 def _binary(kind: str, w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
     operands = node.inputs
-    image = any(v.is_data and w.layout(v) == "image" for v in operands)
-    if image and all(len(v.shape) == 4 if v.is_data else len(v.shape) <= 4 for v in operands):
+    image = any(w.is_data(v) and w.layout(v) == "image" for v in operands)
+    if image and all(len(v.shape) == 4 if w.is_data(v) else len(v.shape) <= 4 for v in operands):
         w.put(node, w.emit(node, kind, [_broadcast(w, v) for v in operands]), "image")
     else:
         w.put(node, w.emit(node, kind, [w.plain(v) for v in operands]), "plain")
@@ -148,13 +152,12 @@ def _binary(kind: str, w: Writer, node: Node, shapes: Mapping[int, Shape]) -> No
 
 def _broadcast(w: Writer, value: Value) -> str:
     """The name of an operand of images in NCHW, as which it broadcasts as it did in NHWC."""
-    if value.is_data:
+    if w.is_data(value):
         return w.image(value)
-    array = w.graph.arrays[value.index]
-    if array.size == 1:
-        return w.store(value, "plain", array)
-    full = array.reshape((1,) * (4 - array.ndim) + array.shape)
-    return w.store(value, "broadcast", full.transpose(TO_IMAGE))
+    if value.size == 1:
+        return w.plain(value)
+    shape = (1,) * (4 - len(value.shape)) + value.shape
+    return w.store(value, "broadcast", lambda array: array.reshape(shape).transpose(TO_IMAGE))
 
 
 def _softmax(kind: str, w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
@@ -173,7 +176,7 @@ def _reduction(kind: str, w: Writer, node: Node, shapes: Mapping[int, Shape]) ->
 
 def _concat(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
     op: Any = node.op
-    image = any(w.layout(v) == "image" for v in node.inputs if v.is_data)
+    image = any(w.layout(v) == "image" for v in node.inputs if w.is_data(v))
     names = [w.image(v) if image else w.plain(v) for v in node.inputs]
     axis = IMAGE_AXIS[op.axis] if image else op.axis
     w.put(node, w.emit(node, "Concat", names, axis=axis), "image" if image else "plain")
@@ -239,8 +242,33 @@ def _take(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
     w.put(node, w.emit(node, "Gather", [w.plain(x), rows], axis=0), "plain")
 
 
+def _fake_quantize(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
+    """An activation on a grid: QuantizeLinear and DequantizeLinear, of 8 bits."""
+    x, *grid = node.inputs
+    scale, low, high = (w.array(node, v) for v in grid)
+    if any(a.size != 1 for a in (scale, low, high)) or high.item() - low.item() > 255:
+        raise UnsupportedError(
+            f"onnx.export: fake_quantize in {node.path!r} has more than one grid, or one of more "
+            "than 256 numbers"
+        )
+    name, layout = _as_it_stands(w, x)
+    where = node.path or "model"
+    if high.item() - low.item() < 255:  # QuantizeLinear cuts at the ends of uint8 alone
+        ends = [
+            w.constant(f"{where}/{end}", (a * scale).reshape(()))
+            for end, a in (("least", low), ("most", high))
+        ]
+        name = w.emit(node, "Clip", [name, *ends])
+    inputs = [
+        w.constant(f"{where}/scale", scale.reshape(())),
+        w.constant(f"{where}/zero", -low.reshape(()), "uint8"),
+    ]
+    whole = w.emit(node, "QuantizeLinear", [name, *inputs])
+    w.put(node, w.emit(node, "DequantizeLinear", [whole, *inputs]), layout)
+
+
 def _as_it_stands(w: Writer, x: Value) -> tuple[str, Layout]:
-    layout = w.layout(x) if x.is_data else "plain"
+    layout = w.layout(x)
     return (w.image(x) if layout == "image" else w.plain(x)), layout
 
 
@@ -263,7 +291,7 @@ _BINARY = {
     "minimum": "Min",
 }
 
-#: by the op's name; the ops of quantised modules belong here, too
+#: by the op's name
 EMITTERS: dict[str, Emitter] = {
     "conv2d": _conv,
     "depthwise_conv2d": _conv,
@@ -284,6 +312,7 @@ EMITTERS: dict[str, Emitter] = {
     "reshape": _reshape,
     "transpose": _transpose,
     "index": _index,
+    "fake_quantize": _fake_quantize,
     "take": _take,
     **{name: partial(_unary, kind) for name, kind in _UNARY.items()},
     **{name: partial(_binary, kind) for name, kind in _BINARY.items()},

@@ -51,7 +51,7 @@ def export(model: Module, example: npt.ArrayLike | Tensor, path: PathLike) -> No
     writer = Writer(onnx, small)
     wanted = _needed(small) - {m.total.output.index for m in folded.values()}
     for i, node in enumerate(small.nodes):
-        if node.output.index not in wanted:
+        if node.output.index not in wanted or writer.fold(node):
             continue
         if i in folded:
             emit_mean(writer, folded[i])

@@ -37,6 +37,7 @@ def means(graph: Graph) -> dict[int, Mean]:
         if (
             alone
             and not factor.shape
+            and count
             and graph.arrays[factor.index] == factor.dtype.type(1 / count)
         ):
             found[i] = Mean(total, node, factor)

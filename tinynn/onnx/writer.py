@@ -8,6 +8,7 @@ once for all who do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,25 @@ IMAGE_AXIS = (0, 2, 3, 1)
 INPUT, OUTPUT = "input", "output"
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Numbers that are rounded to scale n for whole n in low ... high, which broadcast to them."""
+
+    numbers: Array
+    scale: Array
+    low: Array
+    high: Array
+
+    def steps(self) -> Array:
+        """The whole numbers n, which must fit int8."""
+        if self.low.min() < -128 or self.high.max() > 127:
+            raise UnsupportedError(
+                f"onnx.export: weights on a grid of {self.low.min()} to {self.high.max()}; "
+                "required what int8 holds"
+            )
+        return np.clip(np.rint(self.numbers / self.scale), self.low, self.high)
+
+
 class Writer:
     """Collects nodes and initialisers; knows each traced value's name in each layout."""
 
@@ -37,15 +57,37 @@ class Writer:
         self.names: dict[tuple[int, Layout], str] = {(graph.input.index, "plain"): INPUT}
         self.taken = {INPUT, OUTPUT}
         self.stored: dict[tuple[int, str], str] = {}
+        #: what does not depend on the input, by the value's index, and what to call it
+        self.constants = dict(graph.arrays)
+        self.titles: dict[int, str] = {}
+        #: weights that lie on a grid, by the value's index
+        self.grids: dict[int, Grid] = {}
+
+    def is_data(self, value: Value) -> bool:
+        """Whether a value depends on the model's input."""
+        return value.index not in self.constants
+
+    def fold(self, node: Node) -> bool:
+        """Compute a node at once if it does not depend on the model's input; whether it was."""
+        if any(map(self.is_data, node.inputs)):
+            return False
+        arrays = [self.constants[v.index] for v in node.inputs]
+        index = node.output.index
+        self.constants[index] = node.op.forward(*arrays)[0]
+        first = node.inputs[0]
+        self.titles[index] = first.name or self.titles.get(first.index, "")
+        if node.op.name == "fake_quantize":
+            self.grids[index] = Grid(*arrays)
+        return True
 
     def array(self, node: Node, value: Value) -> Array:
-        """The values of a parameter, buffer or constant; refuses what is computed."""
-        if value.is_data:
+        """The values of what does not depend on the input; refuses what does."""
+        if self.is_data(value):
             raise UnsupportedError(
                 f"onnx.export: {node.op.name} in {node.path!r} has an operand of shape "
                 f"{value.shape} that is computed, where ONNX requires an initializer"
             )
-        return self.graph.arrays[value.index]
+        return self.constants[value.index]
 
     def layout(self, value: Value) -> Layout:
         """The order in which a value stands in the file; NCHW if it stands there in both."""
@@ -53,15 +95,14 @@ class Writer:
 
     def plain(self, value: Value) -> str:
         """The name of a value whose axes are in tinynn's order."""
-        if not value.is_data:
-            return self.store(value, "plain", self.graph.arrays[value.index])
+        if not self.is_data(value):
+            return self.store(value, "plain", lambda array: array)
         return self._named(value, "plain", "image", TO_PLAIN)
 
     def image(self, value: Value) -> str:
         """The name of a value (B, H, W, C) as (B, C, H, W)."""
-        if not value.is_data:
-            array = self.graph.arrays[value.index].transpose(TO_IMAGE)
-            return self.store(value, "image", array)
+        if not self.is_data(value):
+            return self.store(value, "image", lambda array: array.transpose(TO_IMAGE))
         return self._named(value, "image", "plain", TO_IMAGE)
 
     def rows(self, value: Value) -> str:
@@ -73,12 +114,34 @@ class Writer:
                 return image
         return self.plain(value)
 
-    def store(self, value: Value, form: str, array: Array) -> str:
-        """The name of an initialiser with this form of a value; the parameter's own if free."""
+    def store(self, value: Value, form: str, move: Callable[[Array], Array]) -> str:
+        """The name of an initialiser with this form of a value; the parameter's own if free.
+
+        Weights on a grid are stored as their integers, which a DequantizeLinear makes numbers.
+        """
         key = (value.index, form)
         if key not in self.stored:
-            self.stored[key] = self.constant(value.name or "constant", array)
+            title = value.name or self.titles.get(value.index) or "constant"
+            if value.index in self.grids:
+                self.stored[key] = self._integers(title, self.grids[value.index], move)
+            else:
+                self.stored[key] = self.constant(title, move(self.constants[value.index]))
         return self.stored[key]
+
+    def _integers(self, title: str, grid: Grid, move: Callable[[Array], Array]) -> str:
+        steps = move(grid.steps())
+        scale = move(np.broadcast_to(grid.scale, grid.numbers.shape))
+        axis = 0
+        if grid.scale.size == 1:
+            vector = grid.scale.reshape(())
+        else:  # one scale a channel: along the axis that the scales vary over
+            vector, axis = _along(scale)
+        inputs = [
+            self.constant(title, steps, "int8"),
+            self.constant(f"{title}_scale", vector),
+            self.constant(f"{title}_zero", np.zeros(vector.shape), "int8"),
+        ]
+        return self._emit(f"{title}/DequantizeLinear", "DequantizeLinear", inputs, {"axis": axis})
 
     def constant(self, name: str, array: Any, dtype: Any = None) -> str:
         """The name of a new initialiser, `name` if that is free."""
@@ -130,3 +193,12 @@ class Writer:
             found, number = f"{name}_{number}", number + 1
         self.taken.add(found)
         return found
+
+
+def _along(scale: Array) -> tuple[Array, int]:
+    """The one axis over which an array varies, and its values along that."""
+    for axis in range(scale.ndim):
+        first = scale[tuple(slice(None) if a == axis else slice(1) for a in range(scale.ndim))]
+        if (first == scale).all():
+            return first.reshape(-1), axis
+    raise UnsupportedError("onnx.export: weights whose scales vary along more than one axis")
