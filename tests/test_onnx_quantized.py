@@ -11,13 +11,13 @@ import pytest
 
 import tinynn as tn
 from tinynn import nn
+from tinynn.compress import quantize
 from tinynn.errors import UnsupportedError
 from tinynn.nn.module import Module
 from tinynn.op import Array
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
-quantize = pytest.importorskip("tinynn.compress.quantize")
 
 
 def network() -> Module:

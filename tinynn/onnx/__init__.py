@@ -1,4 +1,4 @@
-"""ONNX files: any float model to one, and a model from one.
+"""ONNX files: a float or quantised model to one, and a float model from one.
 
 The `onnx` package is optional (`pip install 'tinynn[onnx]'`); it is imported when a file is written
 or read, and MissingPackageError says so where it is absent.
