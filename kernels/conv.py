@@ -44,9 +44,12 @@ _CHUNK_PIXELS = 1024  # of a sum over pixels, at least
 
 
 def _tiles(mr: int, nr: int) -> Any:
-    def tiles(X, P, bias, low, Y, R, T, dy, dx, xs, ys, first, cols, block, bands, groups):
+    def tiles(
+        X, P, bias, low, Y, R, T, dy, dx, xs, ys, first, cols, block, bands, groups, onto
+    ):  # fmt: skip
         # Y[b, y, x, first + n] = max(bias[first + n] + sum_{t, s, k}
         #     X[b, up + t dy, left + s dx, k] P[n // W, t, s, k, n % W], low)
+        # and what is in Y before, if `onto`, inside the maximum
         # for each (y, up, t_lo, t_hi) in R, t_lo <= t < t_hi, and each tile (x, left) in T: see
         # `_table`;  0 <= n < cols, W = nr L or L / 2
         # X (B, H, V, C), Y (B, OH, OW, N), P (panels, TY, TX, C, W), bias (N,)
@@ -93,10 +96,15 @@ def _tiles(mr: int, nr: int) -> Any:
                             iy = ((b * OH + y) * OW + T[m, 0]) * N + n
                             if done == 0 and hi == mr and part == W:
                                 acc = simd.add(acc, simd.load(1, nr, bias, n, 0))
+                                if onto:
+                                    acc = simd.add(acc, simd.load(mr, nr, Y, iy, ys))
                                 acc = simd.maximum(acc, simd.fill(1, nr, Y, low))
                                 simd.store(acc, Y, iy, ys)
                             else:
                                 acc = simd.add(acc, simd.load_part(1, nr, bias, n, 0, 0, 1, part))
+                                if onto:
+                                    old = simd.load_part(mr, nr, Y, iy, ys, done, hi, part)
+                                    acc = simd.add(acc, old)
                                 acc = simd.maximum(acc, simd.fill(1, nr, Y, low))
                                 simd.store_part(acc, Y, iy, ys, done, hi, part)
 
@@ -289,6 +297,7 @@ def _convolve(
             call.block,
             call.bands,
             call.groups,
+            False,
         )
 
 

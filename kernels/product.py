@@ -40,8 +40,11 @@ _CHUNK_TERMS = 1024  # of a sum, at least
 
 
 def _panels(mr: int, nr: int) -> Any:
-    def panels(A, rows, sm, sk, B, origin, step, ldb, bias, low, C, K, first, cols, block, groups):
+    def panels(
+        A, rows, sm, sk, B, origin, step, ldb, bias, low, C, K, first, cols, block, groups, onto
+    ):  # fmt: skip
         # C[c, m, first + n] = max(bias[first + n] + sum_k A[m sm + k sk] B[k, n], low)
+        # and what is in C before, if `onto`, inside the maximum
         # c: part of the sum over k < K; 0 <= n < cols;  C (chunks, M, N), bias (N,)
         # B[k, p W + j] = B[origin + p step + k ldb + j], W = nr L or L / 2;  A has rows >= mr rows
         chunks, M, N = C.shape
@@ -71,14 +74,14 @@ def _panels(mr: int, nr: int) -> Any:
                             ib += ldb
                         ic = (c * M + start) * N + n
                         if lo == 0 and hi == mr and part == W:
-                            if k_lo > k_first:
+                            if k_lo > k_first or onto:
                                 acc = simd.add(acc, simd.load(mr, nr, C, ic, N))
                             if k_hi == k_end:
                                 acc = simd.add(acc, simd.load(1, nr, bias, n, 0))
                                 acc = simd.maximum(acc, simd.fill(1, nr, C, low))
                             simd.store(acc, C, ic, N)
                         else:
-                            if k_lo > k_first:
+                            if k_lo > k_first or onto:
                                 acc = simd.add(acc, simd.load_part(mr, nr, C, ic, N, lo, hi, part))
                             if k_hi == k_end:
                                 acc = simd.add(acc, simd.load_part(1, nr, bias, n, 0, 0, 1, part))
@@ -184,8 +187,8 @@ def gated_sums(grad: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.n
 
 
 @cache
-def _panel_kernel(nr: int) -> Variants:
-    return Variants(_panels(simd.ROWS[nr], nr))
+def _panel_kernel(nr: int, mr: int) -> Variants:
+    return Variants(_panels(mr, nr))
 
 
 @cache
@@ -229,7 +232,7 @@ def product(
             pack = _pack_kernel(simd.LANES * 4 // a.itemsize if transpose_b else 0)
             pack.choose(2 * panel.nbytes)(b, part.first, part.cols, panel)
             origin, step, ldb = 0, K * part.width, part.width
-        _panel_kernel(part.nr).choose(M * K * part.cols)(
+        _panel_kernel(part.nr, mr).choose(M * K * part.cols)(
             a,
             rows,
             sm,
@@ -246,6 +249,7 @@ def product(
             part.cols,
             part.block,
             part.groups,
+            False,
         )
     if last:
         w = b[N - last :] if transpose_b else np.ascontiguousarray(b[:, N - last :].T)

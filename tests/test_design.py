@@ -26,7 +26,7 @@ LAYERS = [
     ["tinynn.optim", "tinynn.schedule", "tinynn.data", "tinynn.metrics", "tinynn.graph"],
     ["tinynn.observe", "tinynn.count", "tinynn.checkpoint", "tinynn.statistics"],
     ["tinynn.train", "tinynn.models"],
-    ["tinynn.compress"],
+    ["tinynn.compress", "tinynn.deploy"],
     ["tinynn.onnx"],
     ["tinynn.warmup", "tinynn.profile"],
     ["tinynn"],

@@ -5,6 +5,7 @@ from tinynn import data, graph, init, nn, onnx, ops, profile, schedule
 from tinynn.compress import calibrate, distort, importance, merge, prune, quantize, select
 from tinynn.count import Count, count
 from tinynn.data import Batches
+from tinynn.deploy import Plan, compile
 from tinynn.diagnose import find_non_finite
 from tinynn.gradcheck import gradcheck
 from tinynn.metrics import accuracy
@@ -33,11 +34,13 @@ __all__ = [
     "Op",
     "Optimizer",
     "Parameter",
+    "Plan",
     "RMSProp",
     "Tensor",
     "accuracy",
     "calibrate",
     "clip_gradients",
+    "compile",
     "converged",
     "count",
     "data",

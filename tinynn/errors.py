@@ -43,6 +43,10 @@ class OutputError(TinynnError, OSError):
     """A file or directory could not be written; what stood there before is whole."""
 
 
+class CompileError(TinynnError, ValueError):
+    """A model that no plan can express."""
+
+
 class PruneError(TinynnError, ValueError):
     """A pruning request that cannot be carried out exactly."""
 

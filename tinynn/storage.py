@@ -67,13 +67,21 @@ def write_tensors(
     path: PathLike, tensors: Mapping[str, Array], metadata: Mapping[str, str]
 ) -> None:
     """Write named arrays and text metadata as one safetensors file, atomically."""
+    try:
+        content = tensor_bytes(tensors, metadata)
+    except DTypeError as error:
+        raise DTypeError(f"cannot write {path}: {error}") from error
+    write_bytes(path, content)
+
+
+def tensor_bytes(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
+    """The content of the file that `write_tensors` writes."""
     arrays = {name: np.array(a, order="C") for name, a in tensors.items()}
     text = {**metadata, _HASH: _digest(arrays, metadata)}
     try:
-        content = to_safetensors(arrays, text)
+        return to_safetensors(arrays, text)
     except (SafetensorError, KeyError) as error:
-        raise DTypeError(f"cannot write {path}: {error}") from error
-    write_bytes(path, content)
+        raise DTypeError(str(error)) from error
 
 
 def read_tensors(path: PathLike) -> tuple[dict[str, Array], dict[str, str]]:

@@ -1,0 +1,366 @@
+"""Kernels on weights that are packed ahead: each function appends its calls to a `Program`.
+
+The arithmetic is that of the kernels of the same names; only what depends on shapes and weights is
+done once. `Packed` keeps the packed weights of one layer, which serve every batch size.
+
+`onto`: add what y holds before, which a residual connection has put there. `x` and `y` are slots of
+float32, weights and biases (bias None: zeros) C-contiguous arrays of it.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from kernels import batchnorm, conv, depthwise, elementwise, pool, product, simd
+from kernels._jit import Variants
+from kernels.geometry import Window
+from kernels.program import ALIGNMENT, Program, Slot
+
+_FLOAT = np.dtype(np.float32)
+_CHUNK = 4096  # elements of a task
+
+
+class Packed:
+    """What was made of one layer's weights, by how it was made."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made at the first call with this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all arrays made."""
+        return sum(a.nbytes for a in self._made.values() if isinstance(a, np.ndarray))
+
+
+def _low(relu: bool) -> np.float32:
+    return np.float32(0 if relu else -np.inf)
+
+
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    """Not from the pool: it lives as long as the layer."""
+    size = math.prod(shape) * _FLOAT.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    return np.ndarray(shape, _FLOAT, raw, -raw.ctypes.data % ALIGNMENT)
+
+
+def _bias(packed: Packed, bias: np.ndarray | None, count: int) -> np.ndarray:
+    if bias is not None:
+        return bias
+    return packed.get("bias", lambda: np.zeros(count, _FLOAT))
+
+
+# --- products and convolutions --------------------------------------------------------------------
+
+
+def linear(
+    program: Program,
+    packed: Packed,
+    x: Slot,
+    w: np.ndarray,
+    bias: np.ndarray | None,
+    y: Slot,
+    relu: bool = False,
+    onto: bool = False,
+) -> None:
+    """y (M, N) = x (M, K) @ w (K, N) + bias (N,)."""
+    (M, K), N = x.shape, w.shape[1]
+    added = _bias(packed, bias, N)
+    for part in product._plan(M, K, N, 4, True, 0)[1]:
+        most = simd.ROWS[part.nr]
+        mr = most if most <= M else 1 << (M.bit_length() - 1)
+
+        def pack(part: Any = part) -> np.ndarray:
+            panel = _empty((part.panels, K, part.width))
+            product._pack_kernel(0).choose(2 * panel.nbytes)(w, part.first, part.cols, panel)
+            return panel
+
+        panel = packed.get(("linear", part.first, part.cols, part.width), pack)
+        macs = M * K * part.cols
+        groups = max(1, min(part.panels, product._TASKS // -(-M // part.block)))
+        program.add(
+            product._panel_kernel(part.nr, mr), macs,
+            x, M, K, 1, panel, 0, K * part.width, part.width, added, _low(relu),
+            y.reshape(1, M, N), K, part.first, part.cols, part.block, groups, onto,
+        )  # fmt: skip
+
+
+def conv2d(
+    program: Program,
+    packed: Packed,
+    x: Slot,
+    w: np.ndarray,
+    bias: np.ndarray | None,
+    y: Slot,
+    win: Window,
+    relu: bool = False,
+    onto: bool = False,
+    transposed: bool = False,
+) -> None:
+    """y (B, OH, OW, N) = the convolution of x (B, H, W, C) with w (KH, KW, C, N), or its transpose.
+
+    Transposed, `win` slides over y, and x are its windows.
+    """
+    C, N = w.shape[2:]
+    if conv._is_pointwise(win):
+        rows = x.reshape(-1, C), y.reshape(-1, N)
+        return linear(program, packed, rows[0], w[0, 0], bias, rows[1], relu, onto)
+    added = _bias(packed, bias, N)
+    lanes = simd.LANES
+    for call in conv._calls(x.shape, y.shape, win, not transposed, False, lanes):
+        part, (ky, kx) = call.part, call.taps
+
+        def pack(call: Any = call) -> np.ndarray:
+            part, (ky, kx) = call.part, call.taps
+            panel = _empty((part.panels, len(ky), len(kx), C, part.width))
+            call.pack.choose(2 * panel.nbytes)(w, ky, kx, part.first, part.cols, panel)
+            return panel
+
+        key = ("conv", part.first, part.cols, part.width, tuple(ky), tuple(kx))
+        panel = packed.get(key, pack)
+        program.add(
+            call.kernel, call.macs,
+            x, panel, added, _low(relu), y, *call.tables, *call.steps,
+            part.first, part.cols, call.block, call.bands, call.groups, onto,
+        )  # fmt: skip
+    return None
+
+
+def depthwise2d(
+    program: Program,
+    packed: Packed,
+    x: Slot,
+    w: np.ndarray,
+    bias: np.ndarray | None,
+    y: Slot,
+    win: Window,
+    relu: bool = False,
+) -> None:
+    """y (B, OH, OW, C) = each channel of x (B, H, W, C) with its own kernel w (KH, KW, C)."""
+    B, H, W, C = x.shape
+    narrow = simd.LANES > C
+
+    def flat() -> np.ndarray:
+        rows = w.reshape(-1, C)
+        return depthwise._widened(rows, simd.LANES) if narrow else rows
+
+    def wide() -> np.ndarray:
+        vector = np.zeros(C, _FLOAT) if bias is None else bias
+        return depthwise._widened(vector, simd.LANES) if narrow else vector
+
+    plan = depthwise._forward_plan(H, W, win, depthwise._hot(_FLOAT, C))
+    kernel = depthwise._correlate_kernel(plan.tile, plan.kw, plan.step, narrow)
+    program.add(
+        kernel, x.nbytes + y.nbytes,
+        x, packed.get("w", flat), packed.get("b", wide), _low(relu), y, plan.table,
+        min(y.shape[1], max(1, depthwise._TASKS // B)), y.nbytes >= depthwise._STREAM_BYTES,
+    )  # fmt: skip
+
+
+# --- channel by channel ---------------------------------------------------------------------------
+
+
+def _scaled_loop(X, F, step, low, Y, V, chunks):
+    # Y[i] = max(V[2, i] + V[1, i] X[i], low), i modulo F in V;  X, Y flat (M C,), V[0] = 0
+    for c in prange(chunks):
+        batchnorm._scaled(X, F, c, chunks, step, V, low, Y)
+
+
+_scaled = Variants(_scaled_loop)
+
+
+def scale_shift(
+    program: Program,
+    packed: Packed,
+    x: Slot,
+    scale: np.ndarray,
+    shift: np.ndarray,
+    y: Slot,
+    relu: bool = False,
+) -> None:
+    """y (M, C) = x (M, C) scale + shift, one number a channel each; y may be x."""
+    plan = batchnorm._plan(*x.shape, 4)
+
+    def vectors() -> np.ndarray:
+        out = np.zeros((3, plan.padded), _FLOAT)
+        out[1], out[2] = np.resize(scale, plan.padded), np.resize(shift, plan.padded)
+        return out
+
+    table = packed.get(("scale", plan.padded), vectors)
+    program.add(
+        _scaled, 2 * x.nbytes,
+        x.reshape(-1), plan.width, plan.step, _low(relu), y.reshape(-1), table, plan.chunks,
+    )  # fmt: skip
+
+
+def max_pool2d(program: Program, x: Slot, y: Slot, places: Slot, win: Window) -> None:
+    """The largest value under each window; `places`: scratch of int32 and y's shape."""
+    (ys, xs), _ = pool._tables(*x.shape[1:3], win, _FLOAT)
+    nr = pool._vectors(x.shape[3], 4)
+    program.add(
+        pool._largest_kernel(nr, nr), x.nbytes + 2 * y.nbytes,
+        x, ys.at, ys.source, xs.at, xs.source, _low(False), y, places, pool._parts(y.shape),
+    )  # fmt: skip
+
+
+def avg_pool2d(program: Program, x: Slot, y: Slot, win: Window) -> None:
+    """The mean of the values under each window."""
+    axes, _ = pool._tables(*x.shape[1:3], win, _FLOAT)
+    _weighted(program, x, y, axes)
+
+
+def global_sum(program: Program, packed: Packed, x: Slot, y: Slot, scale: float) -> None:
+    """y (B, C) = `scale` times the sum of x (B, H, W, C) over rows and columns."""
+
+    def axes() -> Any:
+        sizes = x.shape[1:3]
+        weights = np.float32(scale), np.float32(1)
+        return [
+            pool._Axis(np.array([0, n]), np.arange(n), np.ones(n, _FLOAT), np.full(1, v))
+            for n, v in zip(sizes, weights, strict=True)
+        ]
+
+    _weighted(program, x, y.reshape(x.shape[0], 1, 1, x.shape[3]), packed.get("axes", axes))
+
+
+def _weighted(program: Program, x: Slot, y: Slot, axes: Any) -> None:
+    kernel = pool._weighted_kernel(pool._vectors(x.shape[3], 4))
+    program.add(kernel, x.nbytes + y.nbytes, x, *axes[0], *axes[1], y, pool._parts(y.shape))
+
+
+# --- element by element ---------------------------------------------------------------------------
+
+
+def _add_loop(A, B, low, Y):
+    # Y[i] = max(A[i] + B[i], low);  A, B, Y (n,)
+    for c in prange((Y.size + _CHUNK - 1) // _CHUNK):
+        a, b = A[c * _CHUNK : (c + 1) * _CHUNK], B[c * _CHUNK : (c + 1) * _CHUNK]
+        y = Y[c * _CHUNK : (c + 1) * _CHUNK]
+        for i in range(y.size):
+            v = a[i] + b[i]
+            y[i] = low if v < low else v
+
+
+def _tanh_loop(X, Y):
+    # Y[i] = tanh X[i];  X, Y (n,)
+    for c in prange((Y.size + _CHUNK - 1) // _CHUNK):
+        x, y = X[c * _CHUNK : (c + 1) * _CHUNK], Y[c * _CHUNK : (c + 1) * _CHUNK]
+        for i in range(y.size):
+            y[i] = math.tanh(x[i])
+
+
+def _sigmoid_loop(X, Y):
+    # Y[i] = 1 / (1 + exp(-X[i])): exp of negative numbers only;  X, Y (n,)
+    one = X.dtype.type(1)
+    for c in prange((Y.size + _CHUNK - 1) // _CHUNK):
+        x, y = X[c * _CHUNK : (c + 1) * _CHUNK], Y[c * _CHUNK : (c + 1) * _CHUNK]
+        for i in range(y.size):
+            e = math.exp(-abs(x[i]))
+            y[i] = (one if x[i] >= 0 else e) / (one + e)
+
+
+def _softmax_loop(X, Y):
+    # Y[m, c] = exp(X[m, c] - max_c) / sum_c exp(X[m, c] - max_c);  X, Y (M, C)
+    M, C = X.shape
+    for m in prange(M):
+        most = X[m, 0]
+        for c in range(C):
+            most = max(most, X[m, c])
+        total = X.dtype.type(0)
+        for c in range(C):
+            e = math.exp(X[m, c] - most)
+            Y[m, c] = e
+            total += e
+        for c in range(C):
+            Y[m, c] /= total
+
+
+def _columns_loop(X, first, Y):
+    # Y[m, first + c] = X[m, c];  X (M, C), Y (M, N)
+    M, C = X.shape
+    for m in prange(M):
+        elementwise._copy(X, m * C, Y, m * Y.shape[1] + first, C)
+
+
+def _repeat_loop(X, R, Y):
+    # Y[m, c R + r] = X[m, c], r < R;  X (M, C), Y (M, C R)
+    M, C = X.shape
+    for m in prange(M):
+        for c in range(C):
+            for r in range(R):
+                Y[m, c * R + r] = X[m, c]
+
+
+_add = Variants(_add_loop)
+_columns = Variants(_columns_loop)
+_repeat = Variants(_repeat_loop)
+_softmax = Variants(_softmax_loop)
+_unary = {
+    "relu": elementwise._relu,
+    "sigmoid": Variants(_sigmoid_loop),
+    "tanh": Variants(_tanh_loop),
+}
+
+
+def add(program: Program, a: Slot, b: Slot, y: Slot, relu: bool = False) -> None:
+    """y = a + b, all of one shape; y may be a or b."""
+    flat = (s.reshape(-1) for s in (a, b))
+    program.add(_add, 3 * y.nbytes, *flat, _low(relu), y.reshape(-1))
+
+
+def activation(program: Program, name: str, x: Slot, y: Slot) -> None:
+    """y = "relu", "tanh" or "sigmoid" of x; y may be x."""
+    program.add(_unary[name], 2 * y.nbytes, x.reshape(-1), y.reshape(-1))
+
+
+def softmax(program: Program, x: Slot, y: Slot) -> None:
+    """y = exp(x) over its sum along the last axis; y may be x."""
+    rows = (s.reshape(-1, s.shape[-1]) for s in (x, y))
+    program.add(_softmax, 0, *rows)  # its sums would round differently with threads
+
+
+def concat(program: Program, parts: list[Slot], y: Slot) -> None:
+    """The parts side by side along the last axis."""
+    first = 0
+    for x in parts:
+        rows = (s.reshape(-1, s.shape[-1]) for s in (x, y))
+        x2, y2 = rows
+        program.add(_columns, 2 * x.nbytes, x2, first, y2)
+        first += x.shape[-1]
+
+
+def repeat(program: Program, x: Slot, times: int, y: Slot) -> None:
+    """Each channel (last axis) of x `times` times."""
+    rows = [s.reshape(-1, s.shape[-1]) for s in (x, y)]
+    program.add(_repeat, x.nbytes + y.nbytes, rows[0], times, rows[1])
+
+
+def frame(
+    program: Program, x: Slot, widths: tuple[tuple[int, int], ...], value: float, y: Slot
+) -> bool:
+    """x with elements `value` around it, widths[i] = (before, after) of axis i.
+
+    False, with nothing appended, if more than three axes are framed and cannot be merged.
+    """
+    inner, around = elementwise._merged(x.shape, widths)
+    if len(inner) > 3:
+        return False
+    outer = [n + b + a for n, (b, a) in zip(inner, around, strict=True)]
+    starts = [b for b, _ in around]
+    program.add(
+        elementwise._framed, x.nbytes + y.nbytes,
+        x.reshape(*inner), *starts, np.float32(value), y.reshape(*outer),
+    )  # fmt: skip
+    return True

@@ -1,0 +1,170 @@
+"""Plans as files: what is loaded is what was saved, and nothing else is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import tinynn as tn
+from tinynn import nn, storage
+from tinynn.deploy import file
+from tinynn.errors import FileFormatError
+from tinynn.models import thesis
+
+SHAPE = (12, 12, 3)
+
+
+def small_plan() -> tn.Plan:
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, rng=rng),
+        nn.SeparableResidualBlock(8, 16, stride=2, rng=rng),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(144, 4, rng=rng),
+        nn.Softmax(),
+    )
+    return tn.compile(model, np.ones((1, *SHAPE), np.float32))
+
+
+def images(batch: int) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(batch, *SHAPE)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["conv", "separable"])
+def test_a_loaded_plan_gives_the_same_bits(name: Any, tmp_path: Path) -> None:
+    model = thesis.baseline(name, rng=np.random.default_rng(0))
+    plan = tn.compile(model, images(1))
+    path = tmp_path / "net.plan"
+    plan.save(path)
+    again = tn.Plan.load(path, threads=1)
+    for batch in (1, 5):
+        assert np.array_equal(again(images(batch)), plan(images(batch)))
+    assert path.stat().st_size == plan.nbytes == again.nbytes
+    assert plan.nbytes < 4 * model.size() + 8000  # weights, and little else
+    again.save(path)
+    assert tn.Plan.load(path).macs == plan.macs
+
+
+def test_arrays_that_are_the_same_are_stored_once(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    layer = nn.Linear(64, 64, rng=rng)
+    once, twice = nn.Sequential(layer), nn.Sequential(layer, nn.Tanh(), layer)
+    x = np.ones((1, 64), np.float32)
+    assert tn.compile(twice, x).nbytes < tn.compile(once, x).nbytes + 1000
+
+
+def test_files_that_are_cut_or_changed_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.plan"
+    small_plan().save(path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for at in rng.integers(0, len(whole), 300):
+        changed = bytearray(whole)
+        changed[at] ^= 1 << rng.integers(8)
+        path.write_bytes(bytes(changed))
+        with pytest.raises(FileFormatError):
+            tn.Plan.load(path)
+    for end in (0, 1, 8, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        with pytest.raises(FileFormatError):
+            tn.Plan.load(path)
+    with pytest.raises(FileNotFoundError):
+        tn.Plan.load(tmp_path / "none")
+
+
+def test_a_model_is_no_plan(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    tn.save(nn.Sequential(nn.Linear(2, 2, rng=np.random.default_rng(0))), path)
+    with pytest.raises(FileFormatError, match="plan"):
+        tn.Plan.load(path)
+
+
+def parts() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    arrays, metadata = file.to_file(small_plan().network)
+    return arrays, json.loads(metadata["plan"])
+
+
+def load(arrays: dict[str, np.ndarray], plan: Any, path: Path) -> tn.Plan:
+    """A file with a right hash and whatever content."""
+    text = plan if isinstance(plan, str) else json.dumps(plan)
+    storage.write_tensors(path, arrays, {"format": "tinynn plan 1", "plan": text})
+    return tn.Plan.load(path)
+
+
+def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to everything inside nested lists and objects."""
+    found = [path]
+    items: Any = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for key, inner in items:
+        found += paths_in(inner, (*path, key))
+    return found
+
+
+HOSTILE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 40),
+    st.sampled_from([1 << 31, -(1 << 63), 1 << 64, 1e300, -1.0, 0.5, "", "conv", "__class__", "0"]),
+    st.lists(st.integers(-1, 20), max_size=4),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+ARRAYS, PLAN = parts()
+PATHS = paths_in(PLAN)
+
+
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(place=st.integers(0, len(PATHS) - 1), value=HOSTILE, remove=st.booleans())
+def test_a_hostile_description_is_refused_or_harmless(
+    place: int, value: Any, remove: bool, tmp_path: Path
+) -> None:
+    plan = json.loads(json.dumps(PLAN))
+    way = PATHS[place]
+    if not way:
+        plan = value
+    else:
+        inner = plan
+        for key in way[:-1]:
+            inner = inner[key]
+        if remove:
+            del inner[way[-1]]
+        else:
+            inner[way[-1]] = value
+    try:
+        loaded = load(ARRAYS, plan, tmp_path / "net.plan")
+    except FileFormatError:
+        return
+    # What is let through is a network: it runs, within its own memory.
+    x = np.zeros((1, *loaded.input_shape), np.float32)
+    assert loaded(x).shape == (1, *loaded.output_shape)
+
+
+def test_what_would_write_outside_its_memory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.plan"
+    onto = next(i for i, a in enumerate(PLAN["layers"]) if a["attributes"].get("onto"))
+    for target in (0, PLAN["layers"][onto]["inputs"][0]):  # the network's input, its own operand
+        plan = json.loads(json.dumps(PLAN))
+        plan["layers"][onto]["inputs"][1] = target
+        with pytest.raises(FileFormatError):
+            load(ARRAYS, plan, path)
+    for text in ("", "{", "[" * 100_000, "null", '{"layers": []}'):
+        with pytest.raises(FileFormatError):
+            load(ARRAYS, text, path)
+    for wrong in (np.float64, np.int64):
+        arrays = {k: a.astype(wrong) for k, a in ARRAYS.items()}
+        with pytest.raises(FileFormatError):
+            load(arrays, PLAN, path)
+    with pytest.raises(FileFormatError):
+        load({k: a[:-1] for k, a in ARRAYS.items()}, PLAN, path)

@@ -1,0 +1,182 @@
+"""Where values lie: one arena, in which a value takes memory from the layer that makes it to the
+last that reads it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kernels.prepack import Packed
+from kernels.program import ALIGNMENT, ARENA, INPUT, OUTPUT, Program, Slot
+from tinynn.deploy.steps import Concat, Layer, Pad, Reshape, Site
+from tinynn.errors import ShapeError
+from tinynn.op import Shape
+
+
+@dataclass(frozen=True)
+class Network:
+    """Layers in the order in which they run; value 0 is the input. Shapes leave out the batch."""
+
+    shapes: tuple[Shape, ...]
+    layers: tuple[Layer, ...]
+    output: int
+
+    def inputs(self, layer: Layer) -> list[Shape]:
+        """The shapes of a layer's operands."""
+        return [self.shapes[i] for i in layer.inputs]
+
+
+class Homes:
+    """Which values share memory, and until which layer each piece is needed."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self.home = list(range(len(network.shapes)))
+        for i, layer in enumerate(network.layers):
+            operand = self._taken_over(i, layer)
+            if operand is not None:
+                self.home[layer.output] = self.home[operand]
+        self.last = [-1] * len(self.home)
+        for i, layer in enumerate(network.layers):
+            for value in (*layer.inputs, layer.output):
+                self.last[self.home[value]] = i
+        self.last[self.home[network.output]] = len(network.layers)
+
+    def _taken_over(self, place: int, layer: Layer) -> int | None:
+        """The operand in whose memory the result will lie, if any."""
+        if isinstance(layer.step, Reshape):
+            return layer.inputs[0]
+        if layer.step.onto_operand:
+            return layer.inputs[-1]
+        first = layer.inputs[0]
+        mine = self.home[first]
+        if not layer.step.in_place or mine == 0 or mine == self.home[self._network.output]:
+            return None
+        others = [v for a in self._network.layers[place + 1 :] for v in a.inputs]
+        others += layer.inputs[1:]
+        # Whatever shares this memory so far was made before this layer.
+        return None if any(self.home[v] == mine for v in others) else first
+
+
+def network(shapes: Sequence[Shape], layers: Sequence[Layer], output: int) -> Network:
+    """The network, with a copy at its end if nothing would compute its output otherwise."""
+    whole = Network(tuple(shapes), tuple(layers), output)
+    for i, layer in enumerate(layers):
+        _check_onto(whole, i, layer)
+    if Homes(whole).home[output] != 0:
+        return whole
+    shape = whole.shapes[output]
+    copy = Concat(len(shape) - 1) if shape else Pad(())
+    last = Layer(copy, (output,), len(shapes), {})
+    return Network((*whole.shapes, shape), (*whole.layers, last), len(shapes))
+
+
+def _check_onto(network: Network, place: int, layer: Layer) -> None:
+    """Raise ShapeError if a layer would write over what is still needed."""
+    if not layer.step.onto_operand:
+        return
+    target = aliases(network.layers, layer.inputs[-1])
+    later = {network.output}.union(*(a.inputs for a in network.layers[place + 1 :]))
+    if target & {0, layer.inputs[0], *later}:
+        raise ShapeError(f"{layer.step}: required an operand to add to that nothing else reads")
+
+
+def aliases(layers: Sequence[Layer], value: int) -> set[int]:
+    """The values that lie where `value` does: a reshape only looks at it in another way."""
+    same, size = {value}, 0
+    while len(same) > size:
+        size = len(same)
+        for layer in layers:
+            if isinstance(layer.step, Reshape) and same & {layer.inputs[0], layer.output}:
+                same |= {layer.inputs[0], layer.output}
+    return same
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A network laid out for some images at once."""
+
+    words: np.ndarray  #: of its program
+    places: tuple[tuple[int, int], ...]  #: of each layer: the word of its first call, and how many
+    arena: int  #: bytes
+
+
+def lay_out(network: Network, packed: Sequence[Packed], images: int, threads: bool) -> Laid:
+    """The program of the network for so many images; its kernels may use threads if asked."""
+    slots, scratch, size = _slots(network, images)
+    program, places = Program(threads), []
+    for i, layer in enumerate(network.layers):
+        at, calls = len(program), program.calls
+        layer.step.emit(
+            Site(
+                program,
+                packed[i],
+                layer.arrays,
+                [slots[v] for v in layer.inputs],
+                slots[layer.output],
+                scratch[i],
+            )
+        )
+        places.append((at, program.calls - calls))
+    return Laid(program.words(), tuple(places), size)
+
+
+def arena_bytes(network: Network, images: int) -> int:
+    """The bytes of the arena for so many images."""
+    return _slots(network, images)[2]
+
+
+def _slots(network: Network, images: int) -> tuple[list[Slot], list[Slot | None], int]:
+    """The slot of each value, the scratch of each layer, and the bytes of the arena."""
+    homes = Homes(network)
+    result = homes.home[network.output]
+    origins = {0: (INPUT, 0), result: (OUTPUT, 0)}
+    space, scratch = _Space(), []
+    for i, layer in enumerate(network.layers):
+        home = homes.home[layer.output]
+        if home not in origins:
+            origins[home] = (ARENA, space.take(_bytes(network.shapes[home], images)))
+        count = layer.step.scratch(network.inputs(layer), network.shapes[layer.output])
+        if count:
+            at = space.take(4 * count * images)
+            scratch.append(Slot(ARENA, at, (count * images,)))
+            space.free(at)
+        else:
+            scratch.append(None)
+        for v in {homes.home[v] for v in (*layer.inputs, layer.output)}:
+            if homes.last[v] == i and origins[v][0] == ARENA:
+                space.free(origins[v][1])
+    slots = []
+    for v, shape in enumerate(network.shapes):
+        base, offset = origins.get(homes.home[v], (ARENA, 0))  # a value that fusion left out
+        slots.append(Slot(base, offset, (images, *shape)))
+    return slots, scratch, space.size
+
+
+def _bytes(shape: Shape, images: int) -> int:
+    return 4 * images * math.prod(shape)
+
+
+class _Space:
+    """Bytes given out first fit: the lowest gap that is large enough."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._taken: dict[int, int] = {}  # by offset, the end
+
+    def take(self, nbytes: int) -> int:
+        need = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
+        at = 0
+        for start in sorted(self._taken):
+            if start - at >= need:
+                break
+            at = max(at, self._taken[start])
+        self._taken[at] = at + need
+        self.size = max(self.size, at + need)
+        return at
+
+    def free(self, at: int) -> None:
+        del self._taken[at]

@@ -1,0 +1,294 @@
+"""A plan: a network that runs without Tensors and Modules, in one call."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kernels import program
+from kernels._jit import get_threads, max_threads, set_threads, worth_threads
+from kernels.prepack import Packed
+from tinynn import storage
+from tinynn.deploy import file
+from tinynn.deploy.layout import Laid, Network, arena_bytes, lay_out
+from tinynn.errors import ConfigError, DTypeError, ShapeError
+from tinynn.op import Array, Shape
+from tinynn.tensor import Tensor
+
+_CACHE_BYTES = 512 * 1024  # of values: what the images of one chunk may take
+_ROWS = 16  # images of a chunk that are enough for a product to be fast
+_TASKS = 16  # the most threads that a chunk of more images could leave without work
+_KEPT = 16  # layouts
+
+
+class Plan:
+    """What `compile` makes. Call it on a batch (B, ...) of float32 of any size: an array (B, ...).
+
+    It keeps nothing of the model. Images pass through the network in chunks whose values stay in
+    the cache; chunks are shared among threads, the kernels of a single chunk use them inside. The
+    result has the same bits for every number of threads.
+    """
+
+    def __init__(self, network: Network, threads: int | None = None) -> None:
+        if threads is not None and not 1 <= threads <= max_threads():
+            raise ConfigError(f"Plan: required threads from 1 to {max_threads()}; came {threads}")
+        self.network = network
+        self.threads = threads
+        self._packed = [Packed() for _ in network.layers]
+        self._schedules: dict[tuple[int, int], _Schedule] = {}
+        self._laid: dict[tuple[int, bool], Laid] = {}
+        self._arenas = program.aligned(1, 1)
+        self._bases = np.zeros((1, 8), np.int64)
+        self._lock = threading.Lock()
+
+    @property
+    def input_shape(self) -> Shape:
+        """The shape of one image."""
+        return self.network.shapes[0]
+
+    @property
+    def output_shape(self) -> Shape:
+        """The shape of the result for one image."""
+        return self.network.shapes[self.network.output]
+
+    def __call__(self, x: npt.ArrayLike | Tensor) -> Array:
+        """The network's result for a batch. Raises ShapeError or DTypeError if x does not fit."""
+        x = self._batch(x)
+        y = np.empty((len(x), *self.output_shape), np.float32)
+        if not len(x):
+            return y
+        with self._lock, _threads(self.threads) as threads:
+            schedule = self._schedule(len(x), threads)
+            if self._arenas.shape[0] != schedule.workers or (
+                self._arenas.shape[1] < schedule.arena
+            ):
+                self._arenas = program.aligned(schedule.workers, schedule.arena)
+                self._bases = np.zeros((schedule.workers, 8), np.int64)
+            program.run(schedule.chunks, self._image_bytes, x, y, self._arenas, self._bases)
+        return y
+
+    def _batch(self, x: npt.ArrayLike | Tensor) -> Array:
+        array = x._data if isinstance(x, Tensor) else np.asarray(x)
+        if array.dtype != np.float32:
+            raise DTypeError(f"Plan: required float32; came {array.dtype}")
+        if array.shape[1:] != self.input_shape or not array.ndim:
+            raise ShapeError(f"Plan: required (B, *{self.input_shape}); came {array.shape}")
+        return array if array.flags.carray else np.array(array, order="C")
+
+    @cached_property
+    def _image_bytes(self) -> tuple[int, int]:
+        return 4 * math.prod(self.input_shape), 4 * math.prod(self.output_shape)
+
+    # --- chunks -----------------------------------------------------------------------------------
+
+    def _chunks(self, batch: int) -> int:
+        """Into how many chunks a batch is cut: never a matter of threads, so that bits are not."""
+        fit = max(1, _CACHE_BYTES // arena_bytes(self.network, 1))
+        count = -(-batch // min(fit, max(_ROWS, -(-batch // _TASKS))))
+        if batch > 1 and worth_threads(batch * self.macs):
+            count = max(count, 2)
+        return min(batch, count + count % 2 * (count > 1))
+
+    def _schedule(self, batch: int, threads: int) -> _Schedule:
+        key = batch, threads
+        if key not in self._schedules:
+            if len(self._schedules) >= _KEPT:
+                self._schedules.clear()
+                self._laid.clear()
+            count = self._chunks(batch)
+            inside = count == 1 and threads > 1
+            ends = [batch * (i + 1) // count for i in range(count)]
+            starts = [0, *ends[:-1]]
+            laid = [self._layout(e - s, inside) for s, e in zip(starts, ends, strict=True)]
+            rows = [(a.words.ctypes.data, s) for a, s in zip(laid, starts, strict=True)]
+            arena = max(a.arena for a in laid)
+            self._schedules[key] = _Schedule(
+                np.array(rows, np.int64), min(threads, count), arena, laid
+            )
+        return self._schedules[key]
+
+    def _layout(self, images: int, threads: bool) -> Laid:
+        key = images, threads
+        if key not in self._laid:
+            self._laid[key] = lay_out(self.network, self._packed, images, threads)
+        return self._laid[key]
+
+    # --- what it costs ----------------------------------------------------------------------------
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-adds for one image (1 MAC = 2 FLOPs), of convolutions and products."""
+        return sum(_macs(self.network))
+
+    @cached_property
+    def nbytes(self) -> int:
+        """The bytes of the file that `save` writes: the honest size of the network."""
+        return len(storage.tensor_bytes(*file.to_file(self.network)))
+
+    def profile(self, x: npt.ArrayLike | Tensor, rounds: int = 20) -> Profile:
+        """Time each layer on a batch: medians over `rounds` runs of the first chunk of images.
+
+        Seconds are scaled to the whole batch; chunks on other threads are not counted twice.
+        """
+        x = self._batch(x)
+        if not len(x) or rounds < 1:
+            raise ShapeError(f"profile: required a batch and rounds >= 1; came {x.shape}, {rounds}")
+        with self._lock, _threads(self.threads) as threads:
+            laid = self._schedule(len(x), threads).laid[0]
+            seconds = self._time(x, laid, rounds)
+        chunks = self._chunks(len(x))
+        scale = len(x) / (len(x) // chunks)
+        rows = []
+        for layer, macs, s in zip(self.network.layers, _macs(self.network), seconds, strict=True):
+            shapes = [*self.network.inputs(layer), self.network.shapes[layer.output]]
+            moved = 4 * len(x) * sum(map(math.prod, shapes))
+            moved += sum(a.nbytes for a in layer.arrays.values())
+            out = shapes[-1]
+            name = layer.path or "-"
+            kind = layer.step.kind
+            rows.append(LayerTime(name, kind, layer.kernel, out, s * scale, macs * len(x), moved))
+        return Profile(tuple(rows), len(x), chunks)
+
+    def _time(self, x: Array, laid: Laid, rounds: int) -> Array:
+        """Median seconds of each layer, without the call from Python around it."""
+        y = np.empty((len(x), *self.output_shape), np.float32)
+        arena = program.aligned(1, laid.arena)
+        bases = np.array([0, arena.ctypes.data, x.ctypes.data, y.ctypes.data], np.int64)
+        taken = np.zeros((rounds + 1, len(laid.places) + 1))
+        clock = time.perf_counter
+        for row in taken:  # the first warms up
+            for i, (at, calls) in enumerate((*laid.places, (1, 0))):
+                start = clock()
+                program.execute(laid.words, at, calls, bases)
+                row[i] = clock() - start
+        medians = np.median(taken[1:], axis=0)
+        return np.maximum(medians[:-1] - medians[-1], 0)
+
+    # --- files ------------------------------------------------------------------------------------
+
+    def save(self, path: storage.PathLike) -> None:
+        """Write the plan as one file, atomically: weights as they are run, or as they are packed
+        from when it is loaded; a list of layers; a SHA-256 of everything."""
+        storage.write_tensors(path, *file.to_file(self.network))
+
+    @classmethod
+    def load(cls, path: storage.PathLike, *, threads: int | None = None) -> Plan:
+        """Read what `save` wrote; nothing in it is executed.
+
+        Raises FileNotFoundError, or FileFormatError if anything in the file does not fit.
+        """
+        return cls(file.from_file(*storage.read_tensors(path), str(path)), threads)
+
+    def __str__(self) -> str:
+        rows = [["layer", "kind", "kernel", "result"]]
+        for layer in self.network.layers:
+            out = "x".join(map(str, self.network.shapes[layer.output]))
+            rows.append([layer.path or "-", str(layer.step), layer.kernel, out])
+        return _table(rows, 4)
+
+
+class _Schedule(NamedTuple):
+    chunks: Array  # (n, 2): the address of the words of a program, its first image
+    workers: int
+    arena: int
+    laid: list[Laid]  # which keeps the words alive
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[int]:
+    """The number of threads to use, which kernels inside see."""
+    before = get_threads()
+    if wanted is None or wanted == before:
+        yield before
+        return
+    set_threads(wanted)
+    try:
+        yield wanted
+    finally:
+        set_threads(before)
+
+
+def _macs(network: Network) -> list[int]:
+    return [
+        layer.step.macs(network.inputs(layer), layer.arrays, network.shapes[layer.output])
+        for layer in network.layers
+    ]
+
+
+# --- profiles -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """What one layer took for a whole batch."""
+
+    path: str
+    kind: str
+    kernel: str
+    output: Shape  #: without the batch
+    seconds: float
+    macs: int  #: multiply-adds
+    nbytes: int  #: of operands, result and weights
+
+    @property
+    def gflops(self) -> float:
+        """Billions of floating-point operations a second: two for each multiply-add."""
+        return 2e-9 * self.macs / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The times of all layers; `print` shows them as a table."""
+
+    layers: tuple[LayerTime, ...]
+    batch: int
+    chunks: int  #: in which the batch was computed
+
+    @property
+    def seconds(self) -> float:
+        """The sum over the layers."""
+        return sum(layer.seconds for layer in self.layers)
+
+    def __str__(self) -> str:
+        total = self.seconds or 1.0
+        rows = [
+            [
+                "layer",
+                "kind",
+                "kernel",
+                "result",
+                "us",
+                "share",
+                "multiply-adds",
+                "bytes",
+                "GFLOP/s",
+            ]
+        ]
+        rows += [
+            [
+                r.path, r.kind, r.kernel, "x".join(map(str, r.output)), f"{r.seconds * 1e6:.1f}",
+                f"{r.seconds / total:.0%}", f"{r.macs:,}", f"{r.nbytes:,}", f"{r.gflops:.1f}",
+            ]
+            for r in self.layers
+        ]  # fmt: skip
+        note = f"{self.seconds * 1e6:.1f} us for {self.batch} images in {self.chunks} chunks"
+        return f"{_table(rows, 4)}\n{note}"
+
+
+def _table(rows: list[list[str]], left: int) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines: list[Any] = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        pairs = enumerate(cells)
+        lines.append("  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in pairs))
+    return "\n".join(line.rstrip() for line in lines)
