@@ -33,12 +33,16 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from kernels._jit import Variants, jit, worth_threads
+from kernels._jit import Variants, jit
 
 #: What the offset of an array counts from.
 NOWHERE, ARENA, INPUT, OUTPUT = range(4)
 
 ALIGNMENT = 64
+
+# Below this much work (see `Variants.choose`) waking the other threads costs more than they gain:
+# what runs before and after a call in a program is as short as itself.
+_PARALLEL_WORK = 4 << 20
 
 _WORD = ir.IntType(64)
 _intrinsic: Any = intrinsic(prefer_literal=True)
@@ -106,17 +110,26 @@ def _call(typing, code, row, bases):
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
-def _kind(name: str) -> Any:
-    """The Numba type that a name such as "int64" or "float32:4" (of four axes) stands for."""
-    scalar, _, axes = name.partition(":")
-    kind = types.boolean if scalar == "bool" else getattr(types, scalar)
-    return types.Array(kind, int(axes), "C") if axes else kind
+def _kinds(names: str) -> list[Any]:
+    """The Numba types that names such as "int64", "float32:4" (of four axes), "( ... )" mean."""
+    open_: list[list[Any]] = [[]]
+    for name in names.split():
+        if name == "(":
+            open_.append([])
+        elif name == ")":
+            parts = open_.pop()
+            open_[-1].append(types.BaseTuple.from_types(parts))
+        else:
+            scalar, _, axes = name.partition(":")
+            kind = types.boolean if scalar == "bool" else getattr(types, scalar)
+            open_[-1].append(types.Array(kind, int(axes), "C") if axes else kind)
+    return open_[0]
 
 
 @_intrinsic
 def _invoke(typing, row, bases, names):
     """Read arguments of the kinds `names` from a row of words and call its kernel with them."""
-    kinds = [_kind(name) for name in names.literal_value.split()]
+    kinds = _kinds(names.literal_value)
 
     def codegen(context, builder, signature, args):
         words = _pointer(builder, args[0], _WORD)
@@ -134,7 +147,8 @@ def _invoke(typing, row, bases, names):
             first = builder.inttoptr(builder.add(origin, word()), data)
             shape = [word() for _ in range(kind.ndim)]
             size = context.get_abi_sizeof(context.get_data_type(kind.dtype))
-            strides, step = [], _WORD(size)
+            strides: list[Any] = []
+            step = _WORD(size)
             for n in reversed(shape):
                 strides.insert(0, step)
                 step = builder.mul(step, n)
@@ -152,6 +166,8 @@ def _invoke(typing, row, bases, names):
         def value(kind: Any) -> Any:
             if isinstance(kind, types.Array):
                 return array(kind)
+            if isinstance(kind, types.BaseTuple):
+                return context.make_tuple(builder, kind, [value(part) for part in kind.types])
             bits = word()
             if kind == types.boolean:
                 return builder.trunc(bits, ir.IntType(1))
@@ -196,7 +212,7 @@ def _code_of(names: str) -> Any:
 
 @cache
 def _kernel_entry(dispatcher: Any, names: str) -> int:
-    return _entry(dispatcher, [_kind(name) for name in names.split()])
+    return _entry(dispatcher, _kinds(names))
 
 
 # --- programs -------------------------------------------------------------------------------------
@@ -216,12 +232,13 @@ class Program:
         self._kept: list[Any] = []  # what the program has the addresses of
 
     def add(self, kernel: Variants, work: int, *args: Any) -> None:
-        """Append a call: `kernel` on slots, C-contiguous arrays and numbers; for `work` see
-        `Variants.choose`.
+        """Append a call: `kernel` on slots, C-contiguous arrays, numbers and tuples of these.
+
+        `work`: see `Variants.choose`.
 
         The arrays must stay as they are. Integers are int64, floats those of their NumPy type.
         """
-        many = self.threads and worth_threads(work)
+        many = self.threads and work >= _PARALLEL_WORK
         dispatcher = kernel.parallel if many else kernel.serial
         names, words = [], []
         for arg in args:
@@ -241,6 +258,10 @@ class Program:
                 raise ValueError("Program.add: expected C-contiguous, writable, aligned arrays")
             self._kept.append(arg)
             return f"{arg.dtype}:{arg.ndim}", [NOWHERE, arg.ctypes.data, *arg.shape]
+        if isinstance(arg, tuple):
+            parts = [self._argument(part) for part in arg]
+            names = " ".join(name for name, _ in parts)
+            return f"( {names} )", [word for _, words in parts for word in words]
         if isinstance(arg, bool | np.bool_):
             return "bool", [int(arg)]
         if isinstance(arg, np.float32):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy.typing as npt
 
+from tinynn.deploy.choose import choose_kernels
 from tinynn.deploy.fuse import fuse
 from tinynn.deploy.layout import network
 from tinynn.deploy.lower import lower
@@ -28,10 +29,14 @@ def compile(
 
     Batch normalisation, biases, ReLU and residual additions go into the layers before them where
     that is exact; what only training does is left out. `threads`: as many as `set_threads` allows
-    at each call, unless given.
+    at each call, unless given. `choose`: "measure", the name of a kernel ("dense", "sparse",
+    "sparse4x1", "codebook", "float16"), or one for some paths: see `choose_kernels`.
 
-    Raises CompileError, which names the op, for what no plan can express, DTypeError unless the
-    model is of float32.
+    Raises CompileError, which names the op, for what no plan can express, ConfigError for kernels
+    that cannot be chosen, DTypeError unless the model is of float32.
     """
-    sketch = fuse(lower(trace(model, example)))
-    return Plan(network(sketch.shapes, sketch.layers, sketch.output), threads)
+    graph = trace(model, example)
+    sketch = fuse(lower(graph))
+    whole = network(sketch.shapes, sketch.layers, sketch.output)
+    images = Plan(whole, threads).images_at_once(graph.input.shape[0])
+    return Plan(choose_kernels(whole, choose, images), threads)

@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from tinynn.deploy.encode import decode, encode
+from tinynn.deploy.kernels import KERNELS
 from tinynn.deploy.layout import Network, network
 from tinynn.deploy.steps import LARGEST, Layer, Step
 from tinynn.errors import FileFormatError, ShapeError
@@ -25,13 +27,19 @@ def to_file(net: Network) -> tuple[dict[str, Array], dict[str, str]]:
     """Arrays by name, each different one once, and the metadata."""
     arrays: dict[str, Array] = {}
     names: dict[tuple[Any, ...], str] = {}
+
+    def store(array: Array) -> str:
+        content = array.dtype.str, array.shape, array.tobytes()
+        name = names.setdefault(content, str(len(names)))
+        arrays[name] = array
+        return name
+
     layers = []
     for layer in net.layers:
         own = {}
         for key, array in layer.arrays.items():
-            content = array.dtype.str, array.shape, array.tobytes()
-            own[key] = names.setdefault(content, str(len(names)))
-            arrays[own[key]] = array
+            head, parts = encode(array)
+            own[key] = {**head, "parts": {part: store(a) for part, a in parts.items()}}
         layers.append(
             {
                 "kind": layer.step.kind,
@@ -111,29 +119,33 @@ class _Reader:
         new = type(output) is int and 0 <= output < len(claimed) and output not in self._shapes
         if not new:
             self.fail("a new value as result", output)
-        if not isinstance(path, str) or kernel != "dense":
-            self.fail("a path and a kernel", (path, kernel))
+        if not isinstance(path, str) or not isinstance(kernel, str) or kernel not in KERNELS:
+            self.fail(f"a path and a kernel of {sorted(KERNELS)}", (path, kernel))
         own = self.own_arrays(step, arrays)
         shape = step.result([self._shapes[i] for i in inputs], own)
         if shape != claimed[output]:
             self.fail(f"the result {shape} of {kind}", claimed[output])
         self._shapes[output] = shape
-        return Layer(step, tuple(inputs), output, own, path, kernel)
+        layer = Layer(step, tuple(inputs), output, own, path, kernel)
+        if not KERNELS[kernel].applies(layer):
+            self.fail("a kernel that can run the layer", kernel)
+        return layer
 
     def own_arrays(self, step: Step, names: Any) -> dict[str, Array]:
         if not isinstance(names, dict) or not (
             set(step.weights) <= names.keys() <= {*step.weights, *step.optional}
         ):
             self.fail(f"arrays {step.weights} of {step.kind}", names)
-        out = {}
-        for key, name in names.items():
-            if not isinstance(name, str) or name not in self._arrays:
-                self.fail("the name of an array in the file", name)
-            array = self._arrays[name]
-            if array.dtype != np.float32:
-                self.fail("arrays of float32", array.dtype)
-            out[key] = np.array(array, order="C")
-        return out
+        return {key: self.array(head) for key, head in names.items()}
+
+    def array(self, head: Any) -> Array:
+        parts = head.get("parts") if isinstance(head, dict) else None
+        if not isinstance(parts, dict) or not all(isinstance(n, str) for n in parts.values()):
+            self.fail("the names of an array's parts", head)
+        if not self._arrays.keys() >= set(parts.values()):
+            self.fail("names of arrays in the file", parts)
+        found = {part: self._arrays[name] for part, name in parts.items()}
+        return np.array(decode(head, found), order="C")
 
     def step(self, kind: type[Step], attributes: Any) -> Step:
         hints = typing.get_type_hints(kind)

@@ -112,7 +112,7 @@ def _residuals(sketch: Sketch, layers: list[Layer]) -> list[Layer]:
         for producer, other in (addition.inputs, addition.inputs[::-1]):
             made = next((a for a in layers if a.output == producer), None)
             if made is not None and _may_move(sketch, layers, made, other, addition):
-                step = _with(made.step, relu=addition.step.relu, onto=True)
+                step = _with(made.step, relu=getattr(addition.step, "relu", False), onto=True)
                 inputs = (made.inputs[0], other)
                 joined = replace(made, step=step, inputs=inputs, output=addition.output)
                 layers = [joined if a is addition else a for a in layers if a is not made]

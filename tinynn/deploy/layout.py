@@ -3,7 +3,6 @@ last that reads it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from kernels.prepack import Packed
 from kernels.program import ALIGNMENT, ARENA, INPUT, OUTPUT, Program, Slot
+from tinynn.deploy.kernels import KERNELS
 from tinynn.deploy.steps import Concat, Layer, Pad, Reshape, Site
 from tinynn.errors import ShapeError
 from tinynn.op import Shape
@@ -106,58 +106,53 @@ class Laid:
 
 def lay_out(network: Network, packed: Sequence[Packed], images: int, threads: bool) -> Laid:
     """The program of the network for so many images; its kernels may use threads if asked."""
-    slots, scratch, size = _slots(network, images)
     program, places = Program(threads), []
-    for i, layer in enumerate(network.layers):
+    sites, size = _sites(network, packed, images, program)
+    for layer, site in zip(network.layers, sites, strict=True):
         at, calls = len(program), program.calls
-        layer.step.emit(
-            Site(
-                program,
-                packed[i],
-                layer.arrays,
-                [slots[v] for v in layer.inputs],
-                slots[layer.output],
-                scratch[i],
-            )
-        )
+        KERNELS[layer.kernel].emit(layer, site)
         places.append((at, program.calls - calls))
     return Laid(program.words(), tuple(places), size)
 
 
-def arena_bytes(network: Network, images: int) -> int:
+def arena_bytes(network: Network, packed: Sequence[Packed], images: int) -> int:
     """The bytes of the arena for so many images."""
-    return _slots(network, images)[2]
+    return _sites(network, packed, images, Program())[1]
 
 
-def _slots(network: Network, images: int) -> tuple[list[Slot], list[Slot | None], int]:
-    """The slot of each value, the scratch of each layer, and the bytes of the arena."""
+def _sites(
+    network: Network, packed: Sequence[Packed], images: int, program: Program
+) -> tuple[list[Site], int]:
+    """Where each layer finds its operands, result and scratch; and the bytes of the arena."""
     homes = Homes(network)
-    result = homes.home[network.output]
-    origins = {0: (INPUT, 0), result: (OUTPUT, 0)}
-    space, scratch = _Space(), []
+    slots = [Slot(ARENA, 0, (images, *shape)) for shape in network.shapes]
+    origins = {0: (INPUT, 0), homes.home[network.output]: (OUTPUT, 0)}
+    space, sites = _Space(), []
     for i, layer in enumerate(network.layers):
         home = homes.home[layer.output]
         if home not in origins:
-            origins[home] = (ARENA, space.take(_bytes(network.shapes[home], images)))
-        count = layer.step.scratch(network.inputs(layer), network.shapes[layer.output])
+            origins[home] = (ARENA, space.take(slots[home].nbytes))
+        for v in (*layer.inputs, layer.output):
+            base, offset = origins[homes.home[v]]
+            slots[v] = slots[v]._replace(base=base, offset=offset)
+        site = Site(
+            program,
+            packed[i],
+            layer.arrays,
+            [slots[v] for v in layer.inputs],
+            slots[layer.output],
+            None,
+        )
+        count = KERNELS[layer.kernel].scratch(layer, site)
         if count:
-            at = space.take(4 * count * images)
-            scratch.append(Slot(ARENA, at, (count * images,)))
+            at = space.take(count)
+            site = site._replace(scratch=Slot(ARENA, at, (count,), np.dtype(np.uint8)))
             space.free(at)
-        else:
-            scratch.append(None)
+        sites.append(site)
         for v in {homes.home[v] for v in (*layer.inputs, layer.output)}:
             if homes.last[v] == i and origins[v][0] == ARENA:
                 space.free(origins[v][1])
-    slots = []
-    for v, shape in enumerate(network.shapes):
-        base, offset = origins.get(homes.home[v], (ARENA, 0))  # a value that fusion left out
-        slots.append(Slot(base, offset, (images, *shape)))
-    return slots, scratch, space.size
-
-
-def _bytes(shape: Shape, images: int) -> int:
-    return 4 * images * math.prod(shape)
+    return sites, space.size
 
 
 class _Space:

@@ -73,10 +73,10 @@ class _Lowering:
                 self.known[node.output.index] = np.asarray(node.op.forward(*arrays)[0])
                 continue
             if node.output.shape[:1] != (self.batch,):
-                refuse(node, f"a result whose first axis is the batch of {self.batch}")
+                raise refused(node, f"a result whose first axis is the batch of {self.batch}")
             lower = _LOWER.get(node.op.name)
             if lower is None:
-                refuse(node, f"one of the ops {', '.join(sorted(_LOWER))}")
+                raise refused(node, f"one of the ops {', '.join(sorted(_LOWER))}")
             self.number[node.output.index] = lower(self, node)
         out = self.graph.output.index
         if out not in self.number:
@@ -88,7 +88,7 @@ class _Lowering:
         """The numbers of operands that must be computed values."""
         for i in positions:
             if node.inputs[i].index not in self.number:
-                refuse(node, f"a value computed from the input as operand {i}")
+                raise refused(node, f"a value computed from the input as operand {i}")
         return [self.number[node.inputs[i].index] for i in positions]
 
     def weights(self, node: Node, first: int) -> list[Array]:
@@ -96,7 +96,7 @@ class _Lowering:
         out = []
         for i, v in enumerate(node.inputs[first:], first):
             if v.index not in self.known:
-                refuse(node, f"operand {i} that does not depend on the input")
+                raise refused(node, f"operand {i} that does not depend on the input")
             out.append(_single(self.known[v.index]))
         return out
 
@@ -148,7 +148,9 @@ class _Lowering:
         name, (a, b) = node.op.name, node.inputs
         if a.index in self.number and b.index in self.number:
             if name != "add" or a.shape != b.shape:
-                refuse(node, "a sum of two values of one shape, or one operand that is constant")
+                raise refused(
+                    node, "a sum of two values of one shape, or one operand that is constant"
+                )
             return self.append(node, Add(), self.data(node, 0, 1))
         left = a.index in self.number
         c = self.constant(node, 1 if left else 0)
@@ -161,7 +163,7 @@ class _Lowering:
             if name == "sub":
                 return self.scaled(node, one, -c) if left else self.scaled(node, -one, c)
             if not left:
-                refuse(node, "a constant divisor")
+                raise refused(node, "a constant divisor")
             return self.scaled(node, 1 / c, none)
 
     def constant(self, node: Node, position: int) -> Array:
@@ -171,7 +173,7 @@ class _Lowering:
         channels = shape[-1:] if len(shape) > 1 else (0,)
         one_each = came.size == channels[0] and came.shape[-1:] == channels
         if node.inputs[1 - position].shape != shape or not (came.size == 1 or one_each):
-            refuse(node, "a constant with one number, or one for each channel")
+            raise refused(node, "a constant with one number, or one for each channel")
         return np.broadcast_to(came.reshape(-1), channels)
 
     def neg(self, node: Node) -> int:
@@ -180,7 +182,7 @@ class _Lowering:
 
     def activation(self, node: Node) -> int:
         if len(node.output.shape) < 2 and node.op.name == "softmax":
-            refuse(node, "an axis besides the batch")
+            raise refused(node, "an axis besides the batch")
         return self.append(node, Activation(node.op.name), self.data(node, 0))
 
     def pool(self, node: Node) -> int:
@@ -193,7 +195,7 @@ class _Lowering:
     def sum(self, node: Node) -> int:
         op: Any = node.op
         if len(node.inputs[0].shape) != 4 or op.axes != (1, 2):
-            refuse(node, "a sum over the rows and columns of images (B, H, W, C)")
+            raise refused(node, "a sum over the rows and columns of images (B, H, W, C)")
         number = self.append(node, GlobalSum(), self.data(node, 0))
         if op.keepdims:
             number = self.append(node, Reshape(node.output.shape[1:]), [number])
@@ -205,14 +207,14 @@ class _Lowering:
     def concat(self, node: Node) -> int:
         op: Any = node.op
         if op.axis == 0:
-            refuse(node, "another axis than the batch")
+            raise refused(node, "another axis than the batch")
         inputs = self.data(node, *range(len(node.inputs)))
         return self.append(node, Concat(op.axis - 1), inputs)
 
     def pad(self, node: Node) -> int:
         op: Any = node.op
         if max(op.widths[0]) > 0:
-            refuse(node, "no padding of the batch")
+            raise refused(node, "no padding of the batch")
         (number,) = self.data(node, 0)
         widths = op.widths[1:]
         framed = [i for i, pair in enumerate(widths) if max(pair) > 0]
@@ -248,11 +250,11 @@ _LOWER: dict[str, Callable[[_Lowering, Node], int]] = {
 }
 
 
-def refuse(node: Node, required: str) -> Any:
-    """Raise the error for an op that no step expresses."""
+def refused(node: Node, required: str) -> CompileError:
+    """The error for an op that no step expresses."""
     shapes = ", ".join(str(v.shape) for v in node.inputs)
     where = f" in {node.path}" if node.path else ""
-    raise CompileError(f"compile: {node.op}{where}: required {required}; came shapes {shapes}")
+    return CompileError(f"compile: {node.op}{where}: required {required}; came shapes {shapes}")
 
 
 def _single(array: Array) -> Array:

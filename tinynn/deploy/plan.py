@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels import program
-from kernels._jit import get_threads, max_threads, set_threads, worth_threads
+from kernels._jit import get_threads, max_threads, set_threads
 from kernels.prepack import Packed
 from tinynn import storage
 from tinynn.deploy import file
@@ -27,6 +27,7 @@ from tinynn.tensor import Tensor
 _CACHE_BYTES = 512 * 1024  # of values: what the images of one chunk may take
 _ROWS = 16  # images of a chunk that are enough for a product to be fast
 _TASKS = 16  # the most threads that a chunk of more images could leave without work
+_WORTH_CUTTING = 256 * 1024  # multiply-adds of a batch
 _KEPT = 16  # layouts
 
 
@@ -88,15 +89,23 @@ class Plan:
     def _image_bytes(self) -> tuple[int, int]:
         return 4 * math.prod(self.input_shape), 4 * math.prod(self.output_shape)
 
+    @cached_property
+    def _image_arena(self) -> int:
+        return max(1, arena_bytes(self.network, self._packed, 1))
+
     # --- chunks -----------------------------------------------------------------------------------
 
     def _chunks(self, batch: int) -> int:
         """Into how many chunks a batch is cut: never a matter of threads, so that bits are not."""
-        fit = max(1, _CACHE_BYTES // arena_bytes(self.network, 1))
+        fit = max(1, _CACHE_BYTES // self._image_arena)
         count = -(-batch // min(fit, max(_ROWS, -(-batch // _TASKS))))
-        if batch > 1 and worth_threads(batch * self.macs):
+        if batch > 1 and batch * self.macs >= _WORTH_CUTTING:
             count = max(count, 2)
         return min(batch, count + count % 2 * (count > 1))
+
+    def images_at_once(self, batch: int) -> int:
+        """How many images of such a batch pass through the network together, at most."""
+        return -(-batch // self._chunks(batch))
 
     def _schedule(self, batch: int, threads: int) -> _Schedule:
         key = batch, threads

@@ -253,7 +253,8 @@ class Depthwise(_Windowed):
     def emit(self, at: Site) -> None:
         w, b, x = at.arrays["weight"], at.arrays.get("bias"), at.inputs[0]
         if at.scratch is not None:  # R copies of each channel
-            copies = at.scratch.reshape(*x.shape[:3], x.shape[3] * w.shape[3])
+            shape = (*x.shape[:3], x.shape[3] * w.shape[3])
+            copies = at.scratch._replace(shape=shape, dtype=x.dtype)
             prepack.repeat(at.program, x, w.shape[3], copies)
             x = copies
         win = Window(w.shape[:2], self.stride, self.padding, self.dilation)
@@ -313,7 +314,7 @@ class Pool(_Windowed):
         if at.scratch is None:
             prepack.avg_pool2d(at.program, at.inputs[0], at.output, win)
         else:
-            places = at.scratch.reshape(*at.output.shape)._replace(dtype=np.dtype(np.int32))
+            places = at.scratch._replace(shape=at.output.shape, dtype=np.dtype(np.int32))
             prepack.max_pool2d(at.program, at.inputs[0], at.output, places, win)
 
 
@@ -347,7 +348,8 @@ class Add(Step):
         return inputs[0]
 
     def emit(self, at: Site) -> None:
-        prepack.add(at.program, *at.inputs, at.output, self.relu)
+        a, b = at.inputs
+        prepack.add(at.program, a, b, at.output, self.relu)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,119 @@
+"""Layers on compressed weights as calls of a `Program`: see `kernels.prepack`.
+
+Scratch is one slot of bytes that the caller provides, of the size that the function beside says.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from kernels import decoded, simd, sparse
+from kernels.geometry import Window
+from kernels.prepack import Packed, _bias, _low
+from kernels.program import ALIGNMENT, Program, Slot
+
+_BYTES = np.dtype(np.uint8)
+
+
+class Carver:
+    """Cuts slots out of a slot of bytes, or counts what they would take without one."""
+
+    def __init__(self, scratch: Slot | None = None) -> None:
+        self._scratch = scratch
+        self.nbytes = 0
+
+    def take(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Slot:
+        """The next piece, at the start of a cache line."""
+        kind = np.dtype(dtype)
+        base, at = (0, 0) if self._scratch is None else self._scratch[:2]
+        slot = Slot(base, at + self.nbytes, shape, kind)
+        self.nbytes += -(-math.prod(shape) * kind.itemsize // ALIGNMENT) * ALIGNMENT
+        return slot
+
+
+def _sparse_plan(w: sparse.Sparse, y: Slot) -> sparse.Plan:
+    return sparse.plan(math.prod(y.shape[:3]), y.shape[0], y.shape[3], w.block, 0)
+
+
+def _sparse_scratch(w: sparse.Sparse, y: Slot, few: bool, carve: Carver) -> list[Slot]:
+    groups = -(-y.shape[3] // sparse._GROUP)
+    if few:
+        return [carve.take((math.prod(y.shape[:3]), groups * sparse._GROUP))]
+    how = _sparse_plan(w, y)
+    width = how.vectors * sparse._LANES
+    depth = int(np.diff(w.edges).max())
+    rows = -(-groups // how.parts) * sparse._GROUP
+    return [
+        carve.take((1, depth, width)),
+        carve.take((1, rows, width)),
+        carve.take((1, 5, width), np.int64),
+    ]
+
+
+def sparse2d(
+    program: Program | None,
+    packed: Packed,
+    x: Slot,
+    w: sparse.Sparse,
+    bias: np.ndarray | None,
+    y: Slot,
+    win: Window,
+    relu: bool,
+    carve: Carver,
+) -> None:
+    """y (B, OH, OW, N) = `sparse.conv2d` of x (B, H, W, C); without a program only counts scratch.
+
+    A linear layer is the convolution of images of one pixel with a window of one.
+    """
+    pixels = math.prod(y.shape[:3])
+    flat = x.shape[1:3] == y.shape[1:3] == (1, 1)
+    few = win == Window((1, 1)) and pixels <= sparse._FEW
+    scratch = _sparse_scratch(w, y, few, carve)
+    if program is None:
+        return
+
+    def padded() -> np.ndarray:
+        return sparse._operands("sparse", np.zeros(1, np.float32), bias, y.shape[3])[1]
+
+    added = packed.get("padded", padded)
+    if few:
+        rows = x.reshape(pixels, x.shape[3]), y.reshape(pixels, y.shape[3])
+        parts = min(len(added) // sparse._GROUP, sparse._TASKS)
+        kernel = sparse.rows_kernel(w.block)
+        program.add(kernel, 0, rows[0], added, _low(relu), rows[1], tuple(w[2:]), parts, *scratch)
+        return
+    how = _sparse_plan(w, y)
+    table = (*win.kernel, *win.stride, win.padding[0][0], win.padding[1][0], *win.dilation)
+    program.add(
+        sparse.kernel(w.block, how.vectors), 0,
+        x, added, _low(relu), y, tuple(w[2:]), table, how.batch_first, how.parts, flat, *scratch,
+    )  # fmt: skip
+
+
+def decoded_linear(
+    program: Program | None,
+    packed: Packed,
+    x: Slot,
+    w: decoded.Stream,
+    bias: np.ndarray | None,
+    y: Slot,
+    relu: bool,
+    carve: Carver,
+) -> None:
+    """y (M, N) = x (M, K) times the weights (K, N) of a stream, decoded while it runs."""
+    (M, K), N = x.shape, y.shape[1]
+    nr = 1 if N <= simd.LANES else simd.TILE[1]
+    mr = 1 if simd.ROWS[nr] > M else simd.ROWS[nr]
+    depth = max(16, decoded._BUFFER_BYTES // (4 * N) // 16 * 16)
+    depth = min(depth, -(-K // 16) * 16)
+    block = -(-M // (-(-M // decoded._BLOCK_ROWS) * mr)) * mr
+    scratch = carve.take((1, depth * N + nr * simd.LANES))
+    if program is not None:
+        program.add(
+            decoded.product_kernel(w.kind, mr, nr), 0,
+            x, w.data, w.book, w.columns, _bias(packed, bias, N), _low(relu),
+            y.reshape(1, M, N), N, block, depth, scratch,
+        )  # fmt: skip

@@ -1,0 +1,190 @@
+"""Kernels on compressed weights inside plans, and the forms in which files hold weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tinynn as tn
+from tinynn import nn
+from tinynn.deploy.encode import decode, encode, form_bytes
+from tinynn.deploy.kernels import KERNELS
+from tinynn.errors import ConfigError, FileFormatError
+from tinynn.nn.module import mode
+
+SHAPE = (6, 6, 8)
+
+
+def network() -> nn.Module:
+    """Every kind of layer that compressed kernels run, with an addition onto a result."""
+    rng = np.random.default_rng(0)
+    body = nn.Sequential(
+        nn.Conv2d(8, 16, 3, rng=rng), nn.ReLU(), nn.PointwiseConv2d(16, 8, rng=rng)
+    )
+    return nn.Sequential(
+        nn.PointwiseConv2d(8, 8, rng=rng),
+        nn.Add(body, nn.Sequential()),
+        nn.ReLU(),
+        nn.Conv2d(8, 20, 3, stride=2, rng=rng),
+        nn.Flatten(),
+        nn.Linear(180, 24, rng=rng),
+        nn.ReLU(),
+        nn.Linear(24, 5, rng=rng),
+    ).eval()
+
+
+def change(model: nn.Module, how: Any) -> nn.Module:
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.mutate()[...] = how(p.data)
+        else:
+            p.mutate()[...] = np.random.default_rng(p.size).normal(0, 0.1, p.shape)
+    return model
+
+
+def thinned(w: np.ndarray) -> np.ndarray:
+    """Four fifths of the weights are 0."""
+    return np.where(np.random.default_rng(w.size).random(w.shape) < 0.8, 0, w)
+
+
+CHANGES = {
+    "sparse": thinned,
+    "sparse4x1": thinned,
+    "codebook": lambda w: np.round(w, 1),
+    "float16": lambda w: w.astype(np.float16),
+    "dense": lambda w: w,
+}
+
+
+def images(batch: int) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(batch, *SHAPE)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_kernel_gives_what_the_dense_one_does(name: str, tmp_path: Path) -> None:
+    model = change(network(), CHANGES[name])
+    plan = tn.compile(model, images(1), choose=name)
+    used = [layer.kernel for layer in plan.network.layers]
+    assert used.count(name) >= 4
+    plan.save(tmp_path / "plan")
+    again = tn.Plan.load(tmp_path / "plan")
+    assert [layer.kernel for layer in again.network.layers] == used
+    for batch in (1, 2, 9):
+        x = images(batch)
+        with mode(model, training=False), tn.no_grad():
+            want = model(tn.Tensor(x)).numpy()
+        y = plan(x)
+        assert np.abs(y - want).max() <= 1e-5 * np.abs(want).max()
+        assert np.array_equal(again(x), y)
+
+
+def test_float16_rounds_the_weights_and_halves_the_file() -> None:
+    model = network()
+    dense, half = (tn.compile(model, images(1), choose=k) for k in ("dense", "float16"))
+    x = images(3)
+    assert 0 < np.abs(dense(x) - half(x)).max() < 1e-2 * np.abs(dense(x)).max()
+    weights = sum(p.size for p in model.parameters() if p.ndim > 1)
+    assert dense.nbytes - half.nbytes > 1.9 * weights
+
+
+def test_measuring_takes_kernels_that_can_run_the_layers() -> None:
+    model = change(network(), thinned)
+    plan = tn.compile(model, images(4))
+    assert all(KERNELS[a.kernel].applies(a) for a in plan.network.layers)
+    want = tn.compile(model, images(4), choose="dense")(images(4))
+    assert np.allclose(plan(images(4)), want, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_for_single_layers() -> None:
+    model = change(network(), thinned)
+    path = next(a.path for a in tn.compile(model, images(1)).network.layers)
+    plan = tn.compile(model, images(1), choose={path: "sparse"})
+    assert [a.kernel for a in plan.network.layers if a.arrays].count("sparse") == 1
+    with pytest.raises(ConfigError, match="nowhere"):
+        tn.compile(model, images(1), choose={"nowhere": "sparse"})
+    with pytest.raises(ConfigError, match="fast"):
+        tn.compile(model, images(1), choose="fast")
+    with pytest.raises(ConfigError, match="cannot"):
+        tn.compile(network(), images(1), choose={path: "sparse"})
+    with pytest.raises(ConfigError, match="no layer"):
+        tn.compile(network(), images(1), choose="sparse")
+
+
+# --- forms ----------------------------------------------------------------------------------------
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> np.ndarray:
+    """Weights of every kind that a form is for, and of none."""
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    shape = draw(st.sampled_from([(3,), (64,), (10, 30), (3, 3, 8, 8), (1, 2000)]))
+    a = rng.normal(size=shape).astype(np.float32)
+    if draw(st.booleans()):
+        a[rng.random(shape) < draw(st.sampled_from([0.2, 0.9, 0.999, 1.0]))] = 0
+    if draw(st.booleans()):
+        a = a.astype(np.float16).astype(np.float32)
+    if draw(st.booleans()):
+        a = np.round(a, draw(st.integers(0, 1)))  # also -0
+    if draw(st.booleans()):
+        a.reshape(-1)[: draw(st.integers(1, 3))] = draw(
+            st.sampled_from([np.nan, np.inf, -0.0, 1e-40, 65504, 65520])
+        )
+    return a
+
+
+@settings(max_examples=300, deadline=None)
+@given(arrays())
+def test_every_bit_comes_back(a: np.ndarray) -> None:
+    head, parts = encode(a)
+    back = decode(head, parts)
+    assert back.shape == a.shape and back.dtype == np.float32
+    assert np.array_equal(back.view(np.uint32), a.view(np.uint32))
+    assert form_bytes((head, parts)) <= a.nbytes
+
+
+def test_forms_take_little_more_than_what_they_hold() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=40_000).astype(np.float32)
+    zeros = np.where(rng.random(a.size) < 0.9, 0, a)
+    assert form_bytes(encode(zeros)) < 0.14 * a.nbytes
+    for bits in (1, 2, 4, 8):
+        coded = rng.integers(0, 1 << bits, a.size).astype(np.float32) + 0.123
+        held = a.size * bits / 8 + 4 * (1 << bits)
+        assert form_bytes(encode(coded)) <= held + 1
+    both = np.where(zeros != 0, np.round(zeros), 0)
+    assert form_bytes(encode(both)) < 0.03 * a.nbytes
+    assert form_bytes(encode(a.astype(np.float16).astype(np.float32))) == a.nbytes / 2
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_hostile_forms_are_refused_or_harmless(data: st.DataObject) -> None:
+    a = np.zeros((10, 20), np.float32)
+    a.reshape(-1)[:: data.draw(st.sampled_from([1, 7, 90]))] = data.draw(st.sampled_from([1, 0.1]))
+    head, parts = encode(a)
+    key = data.draw(st.sampled_from([*head, *parts]))
+    wrong = data.draw(
+        st.one_of(
+            st.none(),
+            st.integers(-2, 300),
+            st.sampled_from(
+                ["gaps", "coded", "", 1e9, 1 << 70, [1 << 20, 1 << 20], [200], {}, head]
+            ),
+        )
+    )
+    if key in parts:
+        parts[key] = data.draw(
+            st.sampled_from([np.zeros(3, np.uint8), np.full(25, 255, np.uint8), np.ones(2, "f")])
+        )
+    else:
+        head = {**head, key: wrong}
+    try:
+        back = decode(head, parts)
+    except FileFormatError:
+        return
+    assert back.dtype == np.float32 and back.size <= 1 << 28

@@ -1,0 +1,166 @@
+"""Weights in the fewest bytes that give back every bit: the forms in which files hold them.
+
+    float32   the numbers themselves
+    float16   where each is one of that format's
+    coded     numbers of entries in a book of at most 256 (Han, Mao & Dally 2016, section 3)
+    gaps      the numbers that are not 0, in one of the other forms, and how many zeros lie between
+              them, b bits each; 2**b - 1 stands for so many zeros and no number (ibid., section 2)
+
+`decode` trusts nothing: it raises FileFormatError for whatever does not fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kernels.codebook import pack_bits, unpack_bits
+from tinynn.errors import FileFormatError
+from tinynn.op import Array, Shape
+
+_LEAST = 64  # numbers for which a form is worth its name
+_ENTRIES = 256
+
+#: What describes a form, and its arrays.
+Form = tuple[dict[str, Any], dict[str, Array]]
+
+
+def encode(array: Array) -> Form:
+    """The smallest form of a float32 array."""
+    forms = [_plain(array)]
+    if array.size >= _LEAST:
+        forms += [f for f in (_half(array), _coded(array), _gaps(array)) if f is not None]
+    return min(forms, key=form_bytes)
+
+
+def form_bytes(form: Form) -> int:
+    """The bytes of its arrays."""
+    return sum(a.nbytes for a in form[1].values())
+
+
+def decode(head: Any, arrays: Mapping[str, Array]) -> Array:
+    """The float32 array that `encode` described by `head` and `arrays`."""
+    kinds: dict[str, Any] = {
+        "float32": _from_plain, "float16": _from_half, "coded": _from_coded, "gaps": _from_gaps,
+    }  # fmt: skip
+    kind = head.get("form") if isinstance(head, dict) else None
+    if not isinstance(kind, str) or kind not in kinds:
+        raise FileFormatError(f"required a form of {sorted(kinds)}; came {str(head)[:80]}")
+    return kinds[kind](head, arrays)
+
+
+def _plain(array: Array) -> Form:
+    return {"form": "float32", "shape": list(array.shape)}, {"values": array.reshape(-1)}
+
+
+def _half(array: Array) -> Form | None:
+    with np.errstate(over="ignore"):
+        values = array.reshape(-1).astype(np.float16)
+    if not np.array_equal(_bits(values.astype(np.float32)), _bits(array.reshape(-1))):
+        return None
+    return {"form": "float16", "shape": list(array.shape)}, {"values": values}
+
+
+def _coded(array: Array) -> Form | None:
+    book, codes = np.unique(_bits(array.reshape(-1)), return_inverse=True)
+    if len(book) > _ENTRIES:
+        return None
+    bits = max(1, (len(book) - 1).bit_length())
+    head = {"form": "coded", "shape": list(array.shape), "bits": bits}
+    return head, {"codes": pack_bits(codes, bits), "book": book.view(np.float32)}
+
+
+def _gaps(array: Array) -> Form | None:
+    places = np.flatnonzero(_bits(array.reshape(-1)))
+    if not 0 < len(places) < array.size:
+        return None
+    zeros = np.diff(places, prepend=-1) - 1
+    _, bits = min((_symbols(zeros, b) * b, b) for b in range(1, 9))
+    top = (1 << bits) - 1
+    stream = np.full(_symbols(zeros, bits), top, np.uint8)
+    stream[np.cumsum(zeros // top + 1) - 1] = zeros % top
+    inner, arrays = encode(array.reshape(-1)[places])
+    head = {
+        "form": "gaps", "shape": list(array.shape), "bits": bits, "symbols": len(stream),
+        "inner": inner,
+    }  # fmt: skip
+    return head, {**arrays, "gaps": pack_bits(stream, bits)}
+
+
+def _symbols(zeros: Array, bits: int) -> int:
+    return int((zeros // ((1 << bits) - 1) + 1).sum())
+
+
+def _bits(array: Array) -> Array:
+    """The bits of float32 numbers, by which -0 is not 0 and NaN is equal to itself."""
+    return np.ascontiguousarray(array).view(np.uint32)
+
+
+# --- back -----------------------------------------------------------------------------------------
+
+
+def _shape(head: Mapping[str, Any]) -> Shape:
+    sizes: Any = head.get("shape")
+    fits = isinstance(sizes, list) and len(sizes) <= 8
+    if not fits or not all(type(n) is int and 1 <= n <= 1 << 28 for n in sizes):
+        raise FileFormatError(f"required a shape; came {str(sizes)[:80]}")
+    if math.prod(sizes) > 1 << 28:
+        raise FileFormatError(f"required at most 2**28 weights; came {sizes}")
+    return tuple(sizes)
+
+
+def _part(arrays: Mapping[str, Array], name: str, dtype: Any, size: int | None) -> Array:
+    array = arrays.get(name)
+    if array is None or array.dtype != dtype or array.ndim != 1 or size not in (None, array.size):
+        came = None if array is None else (array.dtype, array.shape)
+        raise FileFormatError(f"required {name} of {np.dtype(dtype)}, {size} of them; came {came}")
+    return array
+
+
+def _packed(arrays: Mapping[str, Array], name: str, bits: Any, count: Any) -> Array:
+    if type(bits) is not int or not 1 <= bits <= 8 or type(count) is not int:
+        raise FileFormatError(f"required 1 to 8 bits and a count; came {bits!r}, {count!r}")
+    stream = _part(arrays, name, np.uint8, -(-count * bits // 8))
+    return unpack_bits(stream, bits, count)
+
+
+def _from_plain(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
+    shape = _shape(head)
+    return _part(arrays, "values", np.float32, math.prod(shape)).reshape(shape)
+
+
+def _from_half(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
+    shape = _shape(head)
+    values = _part(arrays, "values", np.float16, math.prod(shape))
+    return values.astype(np.float32).reshape(shape)
+
+
+def _from_coded(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
+    shape = _shape(head)
+    book = _part(arrays, "book", np.float32, None)
+    codes = _packed(arrays, "codes", head.get("bits"), math.prod(shape))
+    if codes.max() >= len(book):
+        raise FileFormatError(f"required codes below {len(book)}; came {codes.max()}")
+    return book[codes].reshape(shape)
+
+
+def _from_gaps(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
+    shape, bits, inner = _shape(head), head.get("bits"), head.get("inner")
+    if not isinstance(inner, dict) or inner.get("form") == "gaps":
+        raise FileFormatError(f"required a form of the numbers; came {str(inner)[:80]}")
+    symbols = _packed(arrays, "gaps", bits, head.get("symbols")).astype(np.int64)
+    values = decode(inner, arrays)
+    top = (1 << int(bits or 1)) - 1
+    found = symbols != top
+    places = np.cumsum(symbols + found)[found] - 1
+    size = math.prod(shape)
+    if values.ndim != 1 or len(values) != len(places) or not 0 < len(places) <= size:
+        raise FileFormatError(f"required a number for each gap; came {len(values)}, {len(places)}")
+    if places[-1] >= size:
+        raise FileFormatError(f"required places below {size}; came {places[-1]}")
+    out = np.zeros(size, np.float32)
+    out[places] = values
+    return out.reshape(shape)

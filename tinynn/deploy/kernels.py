@@ -1,0 +1,176 @@
+"""How a layer can be run: one class for each kind of kernel, by name.
+
+A kernel gives what the dense one gives but for rounding. The dense kernel runs every layer; the
+others run layers whose weights have what they live on: zeros, few different values, few bits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kernels import codebook, decoded, half, prepack, sparse
+from kernels import prepack_compressed as compressed
+from kernels.geometry import Window
+from kernels.prepack_compressed import Carver
+from kernels.program import Program, Slot
+from tinynn.deploy.steps import Conv, Layer, Linear, Site
+from tinynn.op import Array
+
+_ZEROS = 0.2  # the least share of zeros that sparse kernels are tried for
+
+
+class Kernel:
+    """The dense kernels, which run every step, and the base of the others."""
+
+    name = "dense"
+
+    def applies(self, layer: Layer) -> bool:
+        """Whether it can run the layer."""
+        return True
+
+    def scratch(self, layer: Layer, site: Site) -> int:
+        """Bytes that it needs while it runs; `site` has no scratch yet."""
+        images = site.output.shape[0]
+        shapes = [slot.shape[1:] for slot in site.inputs]
+        return 4 * images * layer.step.scratch(shapes, site.output.shape[1:])
+
+    def emit(self, layer: Layer, site: Site) -> None:
+        """Append its calls to the site's program."""
+        layer.step.emit(site)
+
+
+class _Compressed(Kernel):
+    """Of linear layers and convolutions; an addition onto the result is made afterwards."""
+
+    def applies(self, layer: Layer) -> bool:
+        return isinstance(layer.step, Linear | Conv) and self._fits(layer)
+
+    def _fits(self, layer: Layer) -> bool:
+        raise NotImplementedError
+
+    def scratch(self, layer: Layer, site: Site) -> int:
+        carve = Carver()
+        self._run(layer, site, None, carve)
+        return carve.nbytes
+
+    def emit(self, layer: Layer, site: Site) -> None:
+        self._run(layer, site, site.program, Carver(site.scratch))
+
+    def _run(self, layer: Layer, site: Site, program: Program | None, carve: Carver) -> None:
+        step, y = layer.step, site.output
+        assert isinstance(step, Linear | Conv)
+        target = carve.take(y.shape) if step.onto else y
+        self._compute(layer, site, program, target, step.relu and not step.onto, carve)
+        if step.onto and program is not None:
+            prepack.add(program, y, target, y, step.relu)
+
+    def _compute(
+        self,
+        layer: Layer,
+        site: Site,
+        program: Program | None,
+        y: Slot,
+        relu: bool,
+        carve: Carver,
+    ) -> None:
+        raise NotImplementedError
+
+
+class _Sparse(_Compressed):
+    """Only weights that are not 0, or 4x1 blocks that have such."""
+
+    def __init__(self, name: str, block: int) -> None:
+        self.name, self._block = name, block
+
+    def _fits(self, layer: Layer) -> bool:
+        w = layer.arrays["weight"]
+        return bool(np.isfinite(w).all() and np.count_nonzero(w) <= (1 - _ZEROS) * w.size)
+
+    def _compute(
+        self,
+        layer: Layer,
+        site: Site,
+        program: Program | None,
+        y: Slot,
+        relu: bool,
+        carve: Carver,
+    ) -> None:
+        w, x, win = layer.arrays["weight"], site.inputs[0], window(layer)
+        packed = site.packed.get(self.name, lambda: sparse.pack(w, self._block))
+        if isinstance(layer.step, Linear):
+            x, y = (s.reshape(s.shape[0], 1, 1, s.shape[1]) for s in (x, y))
+        bias = layer.arrays.get("bias")
+        compressed.sparse2d(program, site.packed, x, packed, bias, y, win, relu, carve)
+
+
+class _Decoded(_Compressed):
+    """Products with weights of few bits, decoded while they run."""
+
+    def _fits(self, layer: Layer) -> bool:
+        return window(layer) == Window((1, 1)) and self._stream(layer) is not None
+
+    def _stream(self, layer: Layer) -> decoded.Stream | None:
+        raise NotImplementedError
+
+    def _compute(
+        self,
+        layer: Layer,
+        site: Site,
+        program: Program | None,
+        y: Slot,
+        relu: bool,
+        carve: Carver,
+    ) -> None:
+        stream = site.packed.get(self.name, lambda: self._stream(layer))
+        K, N = layer.arrays["weight"].shape[-2:]
+        x, y = site.inputs[0].reshape(-1, K), y.reshape(-1, N)
+        bias = layer.arrays.get("bias")
+        compressed.decoded_linear(program, site.packed, x, stream, bias, y, relu, carve)
+
+
+class _CodeBook(_Decoded):
+    name = "codebook"
+
+    def _stream(self, layer: Layer) -> decoded.Stream | None:
+        w = matrix(layer)
+        book, codes = np.unique(w, return_inverse=True)
+        if not 2 <= len(book) <= 256 or np.isnan(book).any():
+            return None
+        return codebook.pack(codes.reshape(w.shape), book).source
+
+
+class _Half(_Decoded):
+    name = "float16"
+
+    def _stream(self, layer: Layer) -> decoded.Stream | None:
+        w = matrix(layer)
+        return half.pack(w).source if np.array_equal(rounded(w), w) else None
+
+
+def rounded(weights: Array) -> Array:
+    """The weights rounded to float16, as float32."""
+    with np.errstate(over="ignore"):
+        return weights.astype(np.float16).astype(np.float32)
+
+
+def matrix(layer: Layer) -> Array:
+    """The weights (K, N) of a linear layer or a 1x1 convolution."""
+    w = layer.arrays["weight"]
+    return w.reshape(w.shape[-2:])
+
+
+def window(layer: Layer) -> Window:
+    """The window of a convolution; a linear layer slides one of 1x1 over one pixel."""
+    step = layer.step
+    if not isinstance(step, Conv):
+        return Window((1, 1))
+    w = layer.arrays["weight"]
+    return Window((w.shape[0], w.shape[1]), step.stride, step.padding, step.dilation)
+
+
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel(), _Sparse("sparse", 1), _Sparse("sparse4x1", 4), _CodeBook(), _Half(),
+    )
+}  # fmt: skip
