@@ -167,7 +167,8 @@ def _invoke(typing, row, bases, names):
             if isinstance(kind, types.Array):
                 return array(kind)
             if isinstance(kind, types.BaseTuple):
-                return context.make_tuple(builder, kind, [value(part) for part in kind.types])
+                parts: Any = kind
+                return context.make_tuple(builder, kind, [value(part) for part in parts.types])
             bits = word()
             if kind == types.boolean:
                 return builder.trunc(bits, ir.IntType(1))

@@ -91,7 +91,7 @@ MODELS: dict[str, tuple[Make, tuple[int, ...]]] = {
             nn.Conv2d(12, 10, 3, stride=2, padding=((2, 0), (0, 1)), dilation=(1, 2), rng=r),
             nn.Sigmoid(),
             nn.Flatten(),
-            nn.Linear(10 * 2 * 2, 7, bias=False, rng=r),
+            nn.Linear(20, 7, bias=False, rng=r),
             nn.BatchNorm(7),
             nn.Softmax(),
         ),

@@ -81,7 +81,7 @@ def test_files_that_are_cut_or_changed_are_refused(tmp_path: Path) -> None:
 
 def test_a_model_is_no_plan(tmp_path: Path) -> None:
     path = tmp_path / "model"
-    tn.save(nn.Sequential(nn.Linear(2, 2, rng=np.random.default_rng(0))), path)
+    tn.save(path, nn.Sequential(nn.Linear(2, 2, rng=np.random.default_rng(0))))
     with pytest.raises(FileFormatError, match="plan"):
         tn.Plan.load(path)
 
