@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import numpy.typing as npt
 
 from tinynn.deploy.choose import choose_kernels
@@ -11,6 +12,7 @@ from tinynn.deploy.fuse import fuse
 from tinynn.deploy.layout import network
 from tinynn.deploy.lower import lower
 from tinynn.deploy.plan import LayerTime, Plan, Profile
+from tinynn.errors import CompileError
 from tinynn.graph import trace
 from tinynn.nn.module import Module
 from tinynn.tensor import Tensor
@@ -35,6 +37,9 @@ def compile(
     Raises CompileError, which names the op, for what no plan can express, ConfigError for kernels
     that cannot be chosen, DTypeError unless the model is of float32.
     """
+    shape = np.shape(example._data if isinstance(example, Tensor) else example)
+    if not shape or 0 in shape:
+        raise CompileError(f"compile: required a batch as example, not empty; came {shape}")
     graph = trace(model, example)
     sketch = fuse(lower(graph))
     whole = network(sketch.shapes, sketch.layers, sketch.output)

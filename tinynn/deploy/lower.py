@@ -53,8 +53,6 @@ def lower(graph: Graph) -> Sketch:
     """The graph as layers. Raises CompileError, which names the op, for what no step expresses."""
     if graph.input.dtype != np.float32:
         raise DTypeError(f"compile: required an example of float32; came {graph.input.dtype}")
-    if not graph.input.shape or not graph.input.size:
-        raise CompileError(f"compile: required a batch, not empty; came {graph.input.shape}")
     return _Lowering(graph).run()
 
 

@@ -69,13 +69,17 @@ class Plan:
             return y
         with self._lock, _threads(self.threads) as threads:
             schedule = self._schedule(len(x), threads)
-            if self._arenas.shape[0] != schedule.workers or (
-                self._arenas.shape[1] < schedule.arena
-            ):
-                self._arenas = program.aligned(schedule.workers, schedule.arena)
-                self._bases = np.zeros((schedule.workers, 8), np.int64)
-            program.run(schedule.chunks, self._image_bytes, x, y, self._arenas, self._bases)
+            arenas, bases = self._memory(schedule.workers, schedule.arena)
+            program.run(schedule.chunks, self._image_bytes, x, y, arenas, bases)
         return y
+
+    def _memory(self, workers: int, nbytes: int) -> tuple[Array, Array]:
+        """An arena and scratch for each worker, kept from call to call."""
+        rows, columns = self._arenas.shape
+        if rows < workers or columns < nbytes:
+            self._arenas = program.aligned(max(rows, workers), max(columns, nbytes))
+            self._bases = np.zeros((max(rows, workers), 8), np.int64)
+        return self._arenas[:workers], self._bases[:workers]
 
     def _batch(self, x: npt.ArrayLike | Tensor) -> Array:
         array = x._data if isinstance(x, Tensor) else np.asarray(x)
