@@ -359,6 +359,7 @@ def product_kernel(nr, dtype):
             *[types.Array(floats, 2, "C"), *[types.intp] * 3],
             *[types.Array(floats, 1, "C"), floats, types.Array(floats, 3, "C")],
             *[types.intp] * 5,
+            types.boolean,
         )
     )
     return kernel
