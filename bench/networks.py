@@ -104,18 +104,19 @@ def baseline(kind: str) -> list[Layer]:
     ]
 
 
+def _separable(m_in: int, m_out: int, stride: int) -> list[Layer]:
+    """Half the body of a block: pre-activation, depthwise, batch normalisation, pointwise."""
+    depthwise = Layer("depthwise", m_in, m_in, (3, 3), stride)
+    return [*_norm(m_in), depthwise, *_norm(m_in), _conv(m_in, m_out, 1, 1)]
+
+
 def small_cifar() -> list[Layer]:
     """Images (B, H, W, 3) to 10 classes through six separable residual blocks."""
     layers = [_conv(3, 32, 3, 3)]
     m_in = 32
     for m_out in (64, 64, 64, 128, 128, 128):
         stride = 1 if m_out == m_in else 2
-        body = (
-            *(*_norm(m_in), Layer("depthwise", m_in, m_in, (3, 3), stride, bias=False)),
-            _conv(m_in, m_out, 1, 1, bias=False),
-            *(*_norm(m_out), Layer("depthwise", m_out, m_out, (3, 3), bias=False)),
-            _conv(m_out, m_out, 1, 1, bias=False),
-        )
+        body = (*_separable(m_in, m_out, stride), *_separable(m_out, m_out, 1))
         layers.append(Layer("residual", m_in, m_out, stride=stride, body=body))
         m_in = m_out
     return [*layers, Layer("global_pool"), *_norm(m_in), Layer("linear", m_in, 10)]
