@@ -117,7 +117,7 @@ def test_the_command_line_lists_its_commands(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as ended:
         command.main(["--help"])
     assert ended.value.code == 0
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     for name, module in command.COMMANDS.items():
         assert name in printed and module.SUMMARY in printed
     assert command.main(["warmup", "no_such"]) == 1

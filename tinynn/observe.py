@@ -134,7 +134,10 @@ class Histogram:
         self.zeros += zeros
         if not self.reach:
             return
-        place = np.floor(x * x.dtype.type(self.bins / self.reach)).astype(np.int64) + self.bins
+        factor = self.bins / self.reach
+        if factor > float(np.finfo(x.dtype).max):  # numbers near the smallest there are
+            x = x.astype(np.float64)
+        place = np.floor(x * x.dtype.type(factor)).astype(np.int64) + self.bins
         self.counts += np.bincount(place, minlength=2 * self.bins)
         self.counts[self.bins] -= zeros
 
