@@ -162,8 +162,8 @@ _gated_sums = Variants(_gated_sums_loop)
 
 def _last_columns_loop(A, W, bias, low, C, first):
     # C[m, first + r] = max(bias[first + r] + sum_k A[m, k] W[r, k], low), NaN stays
-    # A (M, K), W (R, K), C (M, N), bias (N,)
-    M, K = A.shape
+    # A (>= M, K), W (R, K), C (M, N), bias (N,)
+    M, K = C.shape[0], A.shape[1]
     for block in prange((M + _BLOCK_ROWS - 1) // _BLOCK_ROWS):
         for m in range(block * _BLOCK_ROWS, min(M, (block + 1) * _BLOCK_ROWS)):
             for r in range(W.shape[0]):
