@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from bench import report, suites
 from bench.case import Case, CaseError
 from bench.libraries import OURS
 from bench.race import QUICK, Race, Settings, Team
-from bench.records import Record, records_of, summarize
+from bench.records import Record, merge, records_of, summarize
 from bench.suites import Suite, Work
 from kernels._jit import max_threads
 from tinynn import roofline
@@ -37,12 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name:<14}all of: {', '.join(members)}")
         return 0
     try:
-        problems = _problems(options)
+        problems = [] if options.merge else _problems(options)
     except CaseError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     try:
-        return _run(problems, options)
+        return _merge(options) if options.merge else _run(problems, options)
+    except CaseError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     except OutputError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
@@ -62,6 +66,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="list the suites")
     parser.add_argument(
         "--case", action="append", default=[], help="run this case, as printed by an earlier run"
+    )
+    parser.add_argument(
+        "--match",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="of the suites' cases only those whose string has each of these texts in it",
+    )
+    parser.add_argument(
+        "--merge",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="time nothing: make one result of these, which --json wrote; of a case in several "
+        "the last counts",
     )
     parser.add_argument(
         "--quick",
@@ -99,13 +118,16 @@ def _problems(options: argparse.Namespace) -> list[tuple[Suite, Case]]:
         if name not in suites.names():
             raise CaseError(f"no suite {name!r}; there are: {', '.join(suites.names())}")
         suite = suites.load(name)
-        problems += [(suite, c.on(n)) for n in threads for c in suite.cases(options.quick)]
+        chosen = [c for c in suite.cases(options.quick) if all(t in str(c) for t in options.match)]
+        problems += [(suite, c.on(n)) for n in threads for c in chosen]
     for text in options.case:
         case = Case.parse(text)
         try:
             problems.append((suites.suite_of(case), case))
         except KeyError:
             raise CaseError(f"case {text!r}: no suite has the family {case.family!r}") from None
+    if not problems:
+        raise CaseError(f"no case has all of {', '.join(options.match)} in it")
     for suite, case in problems:
         if case.threads > cores:
             raise CaseError(f"threads={case.threads}: this process may use {cores} cores")
@@ -137,21 +159,54 @@ def _run(problems: list[tuple[Suite, Case]], options: argparse.Namespace) -> int
                 _warn(f"limits of {entry.threads} threads vary by {entry.spread:.0%}; not kept")
         print("\n".join([f"{facts['cpu']['name']}", *report.limits_lines(limits), ""]), flush=True)
         races, records, work = _races(team, problems, limits, options)
-    summary = summarize(records)
-    print("\n".join(report.summary_lines(summary)))
+    content = _content(facts, races, limits, records)
     noisy = [race for race in races if _spread(race) > _NOISY_SPREAD]
+    _finish(content, work, [suite for suite, _ in problems], options)
     if noisy:
         _warn(f"{len(noisy)} of {len(races)} cases vary by more than {_NOISY_SPREAD:.0%}")
+    return 0 if all(OURS in race.timings for race in races) else 1
+
+
+def _merge(options: argparse.Namespace) -> int:
+    """Show and write what several runs gave. Raises CaseError, OutputError."""
+    content = merge([_read(file) for file in options.merge])
+    cases = {record["case"]: Case.parse(record["case"]) for record in content["records"]}
+    involved = {text: suites.suite_of(case) for text, case in cases.items()}
+    work = {text: suite.work(cases[text]) for text, suite in involved.items()}
+    _finish(content, work, list(involved.values()), options)
+    return 0
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What --json wrote. Raises CaseError."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {key: content[key] for key in ("environment", "records")}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CaseError(f"merge: {file} is no result of a run: {error!r}") from None
+
+
+def _finish(
+    content: dict[str, Any],
+    work: dict[str, Work],
+    involved: Sequence[Suite],
+    options: argparse.Namespace,
+) -> None:
+    """Print the summary and what suites conclude, and write the files that are asked for."""
+    records, summary = content["records"], content["summary"]
+    limits = [Limits(**entry) for entry in content["environment"]["limits"]]
+    print("\n".join(report.summary_lines(summary)))
+    lines, entries = suites.conclude(involved, records, options.out)
+    if lines:
+        print("\n".join(lines))
     if options.json is not None:
-        content = _content(facts, races, limits, records, summary)
-        write_json(options.json, content)
+        write_json(options.json, {**content, **entries})
     if options.out is not None:
         if summary:
             report.plot_summary(summary, options.out / "summary.png")
             report.plot_ratios(records, options.out / "ratios.png")
         if limits:
             report.plot_roofline(records, work, limits, options.out / "roofline.png")
-    return 0 if all(OURS in race.timings for race in races) else 1
 
 
 def _races(
@@ -189,7 +244,6 @@ def _content(
     races: list[Race],
     limits: list[Limits],
     records: list[Record],
-    summary: list[Record],
 ) -> dict[str, Any]:
     """The JSON file. What is not a figure of a case stands in `environment`."""
     layers = sorted({race.layer for race in races if race.layer})
@@ -207,7 +261,11 @@ def _content(
             for name, reason in race.failures.items()
         ],
     }
-    return {"environment": {**facts, **about_run}, "records": records, "summary": summary}
+    return {
+        "environment": {**facts, **about_run},
+        "records": records,
+        "summary": summarize(records),
+    }
 
 
 def _spread(race: Race) -> float:

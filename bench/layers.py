@@ -188,7 +188,6 @@ def onnxruntime_call(
     """`op` of ONNX on x and constants; input and output stay bound, nothing is copied."""
     import numpy as np
     import onnx
-    import onnxruntime as runtime
     from onnx import TensorProto, helper, numpy_helper
 
     names = [f"c{i}" for i in range(len(constants))]
@@ -207,17 +206,24 @@ def onnxruntime_call(
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
+    return onnxruntime_network(threads, model.SerializeToString(), x)
+
+
+def onnxruntime_network(threads: int, model: bytes, x: Any) -> Call:
+    """An ONNX model of one input and one output; both stay bound, nothing is copied."""
+    import numpy as np
+    import onnxruntime as runtime
+
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    session = runtime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    result = np.ascontiguousarray(session.run(None, {"x": np.ascontiguousarray(x)})[0])
+    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    array, name = np.ascontiguousarray(x), session.get_inputs()[0].name
+    result = np.ascontiguousarray(session.run(None, {name: array})[0])
     binding = session.io_binding()
-    array = np.ascontiguousarray(x)
-    binding.bind_cpu_input("x", array)
-    binding.bind_output("y", "cpu", 0, np.float32, result.shape, result.ctypes.data)
+    binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    output = session.get_outputs()[0].name
+    binding.bind_output(output, "cpu", 0, result.dtype, result.shape, result.ctypes.data)
     borrowed = array, result  # the binding does not keep them
 
     def call() -> object:
@@ -239,7 +245,25 @@ def openvino_call(threads: int, x: Any, graph: Callable[[Any, Any], Any]) -> Cal
     array = np.ascontiguousarray(x)
     parameter = opset13.parameter(list(array.shape), np.float32)
     model = ov.Model([graph(opset13, parameter)], [parameter], "layer")
-    compiled = ov.Core().compile_model(
+    return _openvino_compiled(threads, ov.Core(), model, array)
+
+
+def openvino_network(threads: int, model: bytes, x: Any) -> Call:
+    """An ONNX model of one input and one output; both stay bound, nothing is copied."""
+    import numpy as np
+    import openvino as ov
+
+    array, core = np.ascontiguousarray(x), ov.Core()
+    network = core.read_model(model=model)
+    network.reshape(list(array.shape))
+    return _openvino_compiled(threads, core, network, array)
+
+
+def _openvino_compiled(threads: int, core: Any, model: Any, array: Any) -> Call:
+    import numpy as np
+    import openvino as ov
+
+    compiled = core.compile_model(
         model,
         "CPU",
         {
@@ -250,7 +274,8 @@ def openvino_call(threads: int, x: Any, graph: Callable[[Any, Any], Any]) -> Cal
             "ENABLE_CPU_PINNING": False,
         },
     )
-    result = np.empty(tuple(compiled.output(0).shape), np.float32)
+    output = compiled.output(0)
+    result = np.empty(tuple(output.shape), output.get_element_type().to_dtype())
     request = compiled.create_infer_request()
     request.set_input_tensor(ov.Tensor(array, shared_memory=True))
     request.set_output_tensor(ov.Tensor(result, shared_memory=True))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 OURS = "tinynn"
+DENSE = "tinynn_dense"  # our dense kernels, where OURS are those of a compressed layer
 
 # Every pool that any of the libraries may start; read when the library is loaded.
 _THREAD_VARIABLES = (
@@ -47,7 +48,7 @@ def _prepare_tinynn(threads: int) -> None:
 
 
 def _prepare_numpy(threads: int) -> None:
-    pass  # its BLAS has read the environment
+    pass  # its BLAS has read the environment; scipy's sparse products have no threads
 
 
 def _prepare_runtime(threads: int) -> None:
@@ -65,9 +66,12 @@ LIBRARIES = {
     library.name: library
     for library in (
         Library(OURS, "tinynn", _prepare_tinynn),
+        Library(DENSE, "tinynn", _prepare_tinynn),
         Library("numpy", "numpy", _prepare_numpy),
+        Library("scipy", "scipy", _prepare_numpy),
         Library("torch", "torch", _prepare_torch),
         Library("torch_compile", "torch", _prepare_torch),
+        Library("torch_sparse", "torch", _prepare_torch),
         Library("onnxruntime", "onnxruntime", _prepare_runtime),
         Library("openvino", "openvino", _prepare_runtime),
     )

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.libraries import OURS
+from bench.case import CaseError
+from bench.libraries import DENSE, OURS
 from bench.race import Race
 from bench.suites import Work
 from tinynn.roofline import Limits
@@ -51,8 +52,8 @@ def records_of(race: Race, work: Work, limits: Limits | None) -> list[Record]:
 def summarize(records: Iterable[Record]) -> list[Record]:
     """The geometric mean and the lowest of the ratios, for each family, peer and thread count.
 
-    The peer BEST_PEER stands for whichever is fastest in each case; each library's own time is
-    already that of its fastest layout or form.
+    The peer BEST_PEER stands for whichever other library is fastest in each case; each library's
+    own time is already that of its fastest layout or form.
     """
     groups: dict[tuple[str, str, int], list[Record]] = {}
     compared = [record for record in records if record["peer"] is not None]
@@ -82,6 +83,8 @@ def _best(compared: Sequence[Record]) -> list[Record]:
     """The record of each case's fastest peer, as one of BEST_PEER."""
     best: dict[str, Record] = {}
     for record in compared:
+        if record["peer"] == DENSE:
+            continue
         known = best.setdefault(record["case"], record)
         if record["ratio"] < known["ratio"]:
             best[record["case"]] = record
@@ -91,3 +94,39 @@ def _best(compared: Sequence[Record]) -> list[Record]:
 def geometric_mean(ratios: Sequence[float]) -> float:
     """exp(mean(log r)): as much above 1 for a ratio r as below 1 for 1 / r."""
     return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+
+
+# --- files of several runs ------------------------------------------------------------------------
+
+
+def merge(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One file's content from those of several runs; of a case that is in several, the last counts.
+
+    The environment is that of the first, `parts` say which commit and load each run had. Raises
+    CaseError unless all ran on one kind of machine with the same versions of everything.
+    """
+    environments = [content["environment"] for content in contents]
+    first = environments[0]
+    for other in environments[1:]:
+        for key in ("cpu", "versions", "python", "os"):
+            if other[key] != first[key]:
+                raise CaseError(f"merge: required the same {key}; came {first[key]}, {other[key]}")
+    last = {r["case"]: i for i, content in enumerate(contents) for r in content["records"]}
+    records = [
+        record
+        for i, content in enumerate(contents)
+        for record in content["records"]
+        if last[record["case"]] == i
+    ]
+    about_cases = {
+        key: [e for i, env in enumerate(environments) for e in env[key] if _stays(e, last, i)]
+        for key in ("choices", "failures")
+    }
+    limits = {entry["threads"]: entry for env in environments for entry in env["limits"]}
+    parts = [{key: env[key] for key in ("commit", "load_average")} for env in environments]
+    environment = {**first, **about_cases, "limits": list(limits.values()), "parts": parts}
+    return {"environment": environment, "records": records, "summary": summarize(records)}
+
+
+def _stays(entry: dict[str, Any], last: dict[str, int], place: int) -> bool:
+    return last.get(entry["case"], place) == place

@@ -83,7 +83,7 @@ def plot_summary(summary: Sequence[Record], path: Path) -> None:
     families = list(dict.fromkeys((s["family"], s["threads"]) for s in summary))
     peers = list(dict.fromkeys(s["peer"] for s in summary))
     peers.sort(key=lambda peer: peer == BEST_PEER)
-    figure = _figure(9, 1.2 + 0.5 * len(families) * max(1, len(peers) / 3))
+    figure = new_figure(9, 1.2 + 0.5 * len(families) * max(1, len(peers) / 3))
     axes = figure.add_subplot()
     height = 0.8 / max(len(peers), 1)
     for i, peer in enumerate(peers):
@@ -101,7 +101,7 @@ def plot_summary(summary: Sequence[Record], path: Path) -> None:
     axes.margins(x=0.1)
     axes.set_xlabel("peer's time / ours: from the worst case to the geometric mean")
     axes.legend(fontsize=7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_ratios(records: Sequence[Record], path: Path) -> None:
@@ -114,7 +114,7 @@ def plot_ratios(records: Sequence[Record], path: Path) -> None:
     if len(cases) > _BARS:
         return
     peers = list(dict.fromkeys(record["peer"] for record in compared))
-    figure = _figure(9, 1.2 + 0.5 * len(cases) * max(1, len(peers) / 2))
+    figure = new_figure(9, 1.2 + 0.5 * len(cases) * max(1, len(peers) / 2))
     axes = figure.add_subplot()
     height = 0.8 / max(len(peers), 1)
     for i, peer in enumerate(peers):
@@ -128,7 +128,7 @@ def plot_ratios(records: Sequence[Record], path: Path) -> None:
     axes.margins(x=0.1)
     axes.set_xlabel("peer's time / ours (right of the line: ours is faster)")
     axes.legend(fontsize=7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_roofline(
@@ -136,7 +136,7 @@ def plot_roofline(
 ) -> None:
     """Each case's FLOP/s over its FLOPs per byte, under the measured roofs. Raises OutputError."""
     ours = {record["case"]: record for record in records if work[record["case"]].bytes}
-    figure = _figure(4.5 * len(limits), 4)
+    figure = new_figure(4.5 * len(limits), 4)
     for number, entry in enumerate(limits, 1):
         axes = figure.add_subplot(1, len(limits), number)
         mine = [r for r in ours.values() if r["threads"] == entry.threads]
@@ -164,7 +164,7 @@ def plot_roofline(
         axes.set_ylabel("GFLOP/s")
         axes.set_title(f"{entry.threads} thread{'s' * (entry.threads > 1)}", fontsize=9)
         axes.legend(fontsize=5, title="read bandwidth; families", title_fontsize=6)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _points(axes: Any, records: Sequence[Record], intensities: Sequence[float]) -> None:
@@ -186,13 +186,15 @@ def _short(case: str) -> str:
     return " ".join(w for w in words if not w.startswith("threads=")) + f" {parsed.threads}T"
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of this size in inches, no higher than a reader would scroll."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, min(height, 40)), layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write it as a PNG. Raises OutputError."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     write_bytes(path, image.getvalue())

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 from bench.case import Case
 
@@ -90,6 +91,24 @@ def contestants(suite: Suite, case: Case) -> Sequence[str]:
 def slow_to_build(suite: Suite) -> Sequence[str]:
     """Libraries that `--quick` leaves out since they compile for minutes: SLOW_TO_BUILD, if any."""
     return cast("Sequence[str]", getattr(suite, "SLOW_TO_BUILD", ()))
+
+
+def conclude(
+    suites: Iterable[Suite], records: Sequence[dict[str, Any]], directory: Path | None
+) -> tuple[list[str], dict[str, Any]]:
+    """What suites with a function `conclude(records, directory)` make of the records of a run.
+
+    Lines to print, and entries for the JSON file; figures go into `directory` if there is one.
+    """
+    lines: list[str] = []
+    entries: dict[str, Any] = {}
+    for suite in dict.fromkeys(suites):
+        function = getattr(suite, "conclude", None)
+        if function is not None:
+            found = function([r for r in records if r["family"] in suite.FAMILIES], directory)
+            lines += found[0]
+            entries |= found[1]
+    return lines, entries
 
 
 def names() -> list[str]:

@@ -1,0 +1,200 @@
+"""Whole networks as plans: every technique beside the dense plan and the runtimes of others.
+
+A technique is a family, `plan_NAME`. All contestants of a case run the same model: the technique
+changes its weights, and the runtimes get it as the ONNX file that `tinynn.onnx` writes. A process
+of its own writes that, since one that times a library must not load another:
+
+    python -m bench.compressed_networks CASE FILE
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import compressed, image_step, layers, networks
+from bench.case import Case
+from bench.libraries import DENSE, OURS
+from bench.suites import Built, Work
+
+_NAMES = ("dense", "sparse", "sparse4x1", "codebook", "float16", "lowrank")
+FAMILIES = tuple(f"plan_{name}" for name in _NAMES)
+LIBRARIES = (OURS, DENSE, "torch", "onnxruntime", "openvino")
+
+#: Each model with the shapes of images (B, H, W, C) that it is timed on.
+MODELS = {"small_cifar": ((1, 32, 32, 3), (64, 32, 32, 3)), "baseline": ((64, 24, 24, 3),)}
+_DENSITIES = (0.1, 0.3)
+#: `variant` of a case: the technique wherever it can run, or for each layer the fastest kernel
+_FORCED, _MEASURED = "default", "measured"
+
+
+def cases(quick: bool) -> list[Case]:
+    """Every model, with one image and with 64, by every technique."""
+    found = []
+    for family in FAMILIES[: 2 if quick else None]:
+        for name, shapes in MODELS.items() if not quick else [next(iter(MODELS.items()))]:
+            for x in shapes:
+                found += [
+                    Case.of(family, variant=variant, x=x, model=name, **attributes)
+                    for attributes, variant in _choices(family, quick)
+                ]
+    return found
+
+
+def _choices(family: str, quick: bool) -> list[tuple[dict[str, Any], str]]:
+    """What the technique can be told, and how kernels are chosen."""
+    if not family.startswith("plan_sparse"):
+        return [({"bits": 4} if family == "plan_codebook" else {}, _FORCED)]
+    if quick:
+        return [({"density": _DENSITIES[0]}, _FORCED)]
+    return [({"density": d}, v) for d in _DENSITIES for v in (_FORCED, _MEASURED)]
+
+
+def contestants(case: Case) -> Sequence[str]:
+    """Runtimes of others run the dense model, and the factors of low rank, which are dense."""
+    if case.family == "plan_dense":
+        return OURS, "torch", "onnxruntime", "openvino"
+    return (OURS, DENSE, *(("onnxruntime", "openvino") if case.family == "plan_lowrank" else ()))
+
+
+def work(case: Case) -> Work:
+    """The dense network's multiply-adds; images, result and float32 weights moved once."""
+    network = _layers(case)
+    macs = networks.multiply_adds(network, case.shape("x"))
+    size = sum(math.prod(shape) for shape in networks.parameters(network))
+    moved = math.prod(case.shape("x")) + image_step.CLASSES * case.shape("x")[0] + size
+    return Work(flops=2 * sum(macs), bytes=4 * moved)
+
+
+def _layers(case: Case) -> list[networks.Layer]:
+    """Raises KeyError or ValueError where the case does not say which network."""
+    x, name, variant = case.shape("x"), case["model"], case.variant
+    if name not in MODELS or len(x) != 4 or x[3] != 3 or variant not in (_FORCED, _MEASURED):
+        raise ValueError(
+            f"required a model of {', '.join(MODELS)}, images (B, H, W, 3), a variant {_FORCED} or "
+            f"{_MEASURED}; came {name}, {x}, {variant}"
+        )
+    return networks.small_cifar() if name == "small_cifar" else networks.baseline("conv")
+
+
+def build(library: str, case: Case) -> Built:
+    """The network in eval mode on images (B, H, W, 3), which gives (B, 10)."""
+    (x,) = layers.numbers(case.shape("x"))
+    if library in (OURS, DENSE):
+        return _plan(case, x, dense=library == DENSE)
+    if library == "torch":
+        return _torch(case, x)
+    nchw = x.transpose(0, 3, 1, 2).copy()
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "model.onnx"
+        command = [sys.executable, "-m", "bench.compressed_networks", str(case), str(file)]
+        subprocess.run(command, check=True, stdout=sys.stderr.fileno())
+        content = file.read_bytes()
+    run = layers.onnxruntime_network if library == "onnxruntime" else layers.openvino_network
+    return run(case.threads, content, nchw)
+
+
+# --- ours -----------------------------------------------------------------------------------------
+
+
+def model(case: Case) -> Any:
+    """The network as the technique leaves it, in eval mode, with the weights it was drawn with."""
+    import numpy as np
+
+    from tinynn.compress import factorize
+    from tinynn.models import PUBLISHED
+
+    net = PUBLISHED[str(case["model"])].build(np.random.default_rng(0))
+    technique = case.family.removeprefix("plan_")
+    if technique == "lowrank":
+        net = factorize.layers(net, np.zeros(case.shape("x"), np.float32), _half_rank)
+    elif technique != "dense":
+        for weight in _weights(net):
+            weight.mutate()[...] = _changed(case, technique, weight.data)
+    return net.eval()
+
+
+def _half_rank(values: Any, size: int) -> int:
+    """The rank at which two factors have half the weights of the whole."""
+    return compressed.half_rank(len(values), size // len(values))
+
+
+def _weights(net: Any) -> list[Any]:
+    """Those that products and convolutions mix channels by: what techniques have kernels for."""
+    from tinynn import nn
+
+    return [m.weight for _, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+
+
+def _changed(case: Case, technique: str, w: Any) -> Any:
+    import numpy as np
+
+    scale = w.std() if technique == "codebook" else np.float32(1)  # books are for deviation 1
+    layer = Case(technique, (("w", w.shape),), case.attributes)
+    return compressed.changed(layer, w / scale) * scale
+
+
+def _plan(case: Case, x: Any, *, dense: bool) -> layers.Call:
+    import tinynn as tn
+
+    technique = case.family.removeprefix("plan_")
+    choose = "dense" if dense or technique in ("dense", "lowrank") else technique
+    if not dense and case.variant == _MEASURED:
+        choose = "measure"
+    plan = tn.compile(model(case), x, choose=choose)
+    return lambda: plan(x)
+
+
+# --- peers ----------------------------------------------------------------------------------------
+
+
+def _torch(case: Case, x: Any) -> dict[str, layers.Call]:
+    """Eager; its weights are others, drawn anew, as its answer has no say in its time."""
+
+    def build(image: Any) -> layers.Call:
+        net, images = networks.torch_network(_layers(case)).eval(), image(x)
+
+        def call() -> None:
+            net(images)
+
+        return call
+
+    return layers.torch_layouts(build)
+
+
+def export(case: Case, path: str) -> None:
+    """Write the case's model for other runtimes, for images in NCHW, the layout they work in."""
+    import numpy as np
+    import onnx
+
+    import tinynn as tn
+
+    x = np.zeros(case.shape("x"), np.float32)
+    tn.onnx.export(model(case), x, path)
+    content = onnx.load(path)
+    _without_transpose(content.graph, x.shape)
+    onnx.save(content, path)
+
+
+def _without_transpose(graph: Any, shape: Sequence[int]) -> None:
+    """Let the graph take (B, C, H, W): its first node turns (B, H, W, C) into that."""
+    batch, height, width, channels = shape
+    node = next(node for node in graph.node if node.op_type == "Transpose")
+    graph.node.remove(node)
+    for other in graph.node:
+        for i, name in enumerate(other.input):
+            if name == node.output[0]:
+                other.input[i] = node.input[0]
+    for axis, size in zip(
+        graph.input[0].type.tensor_type.shape.dim, (batch, channels, height, width), strict=True
+    ):
+        axis.dim_value = size
+
+
+if __name__ == "__main__":
+    export(Case.parse(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,109 @@
+"""What an explanation holds: each layer, each way of running it, predicted and measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from kernels.timing import Timing
+from tinynn.explain.rules import sentence
+from tinynn.explain.show import table
+from tinynn.op import Shape
+from tinynn.roofline import Limits
+
+Bound = Literal["compute", "memory", "index", "overhead"]
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A layer run by one technique, on the whole batch."""
+
+    technique: str
+    seconds: float | None  #: measured; None where no kernel runs the layer so
+    macs: float  #: multiply-adds that it makes
+    weight_bytes: float  #: read, once for each chunk of images
+    activation_bytes: float  #: read and written
+    bounds: dict[Bound, float]  #: lower bounds in seconds, from these
+    rank: int | None = None  #: of factors that stand for the layer
+
+    @property
+    def bound(self) -> float:
+        """The least time, in seconds: the largest of the bounds."""
+        return max(self.bounds.values())
+
+    @property
+    def limited_by(self) -> Bound:
+        """Which bound that is."""
+        return max(self.bounds, key=lambda name: self.bounds[name])
+
+    @property
+    def share(self) -> float:
+        """The least time as a share of the measured one: 1 is as fast as can be."""
+        return self.bound / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the plan: `dense`, and the other ways to run it if it mixes channels."""
+
+    path: str  #: of the module that it was
+    kind: str  #: the step: conv, linear, depthwise, ...
+    weight: Shape | None
+    output: Shape  #: without the batch
+    rows: int  #: pixels of all images, or the batch: each takes every weight
+    dense: Way
+    others: tuple[Way, ...]
+
+    @property
+    def inputs(self) -> int:
+        """How many numbers each output is a sum of."""
+        size = 1
+        for n in (self.weight or ())[:-1]:
+            size *= n
+        return size
+
+    @property
+    def channels(self) -> int:
+        """How many outputs share those."""
+        return self.weight[-1] if self.weight else 0
+
+    def gain(self, way: Way) -> float | None:
+        """The dense time / the time of this way; None where it cannot be run."""
+        if way.seconds is None or self.dense.seconds is None:
+            return None
+        return self.dense.seconds / way.seconds if way.seconds else None
+
+    def why(self, way: Way) -> str:
+        """In a sentence, whether the technique helps here and what decides that."""
+        return sentence(self, way)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All layers of a model: `print` it."""
+
+    layers: tuple[Layer, ...]
+    batch: int
+    chunks: int  #: of images, which pass through the network one after the other
+    limits: Limits
+    plans: dict[str, Timing]  #: of whole networks, by technique
+    settings: dict[str, float]  #: what the techniques were told
+
+    def __str__(self) -> str:
+        return "\n".join(table(self))
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready: times in seconds, limits in FLOP/s and bytes/s."""
+        layers = []
+        for layer in self.layers:
+            ways = [
+                asdict(way) | {"gain": layer.gain(way), "why": layer.why(way)}
+                for way in layer.others
+            ]
+            entry = asdict(layer) | {"dense": asdict(layer.dense), "others": ways}
+            layers.append(entry)
+        facts = {"batch": self.batch, "chunks": self.chunks, "settings": self.settings}
+        plans = {name: asdict(timing) for name, timing in self.plans.items()}
+        return {**facts, "limits": asdict(self.limits), "plans": plans, "layers": layers}
