@@ -111,22 +111,17 @@ def _density(case: Case) -> float:
 
 
 def build(library: str, case: Case) -> Built:
-    """The layer without bias; peers with a bias where their kernels have one."""
+    """The layer without a bias; but with one where it is a dense convolution, as in `conv`."""
     if case.family == "dense" and library != OURS:
-        return conv_or_product(library, case)
-    x, w = layers.numbers(case.shape("x"), case.shape("w"))
+        return _dense_suite(case).build(library, plain(case))
+    x, w, bias = layers.numbers(case.shape("x"), case.shape("w"), case.shape("w")[-1:])
     w = changed(case, w)
     if library in ("scipy", "torch_sparse"):
         return dict(_SPARSE_PEERS[library](case, x, w))
     (x,) = layers.pooled(x)
     if library == DENSE or case.family == "dense":
-        return _dense(case, x, w)
+        return _dense(case, x, w, None if library == DENSE or is_product(case) else bias)
     return {"": _TECHNIQUES[case.family](case, x, w)}
-
-
-def conv_or_product(library: str, case: Case) -> Built:
-    """The dense layer by another library: what the suites `matmul` and `conv` build."""
-    return _dense_suite(case).build(library, plain(case))  # type: ignore[no-any-return]
 
 
 # --- what a technique leaves of the weights -------------------------------------------------------
@@ -178,21 +173,21 @@ def _factors(case: Case) -> list[Any]:
 # --- ours -----------------------------------------------------------------------------------------
 
 
-def _dense(case: Case, x: Any, w: Any) -> Built:
+def _dense(case: Case, x: Any, w: Any, bias: Any) -> Built:
     """As training calls it, and as a plan does, with weights packed before."""
     from kernels import conv as convolution
     from kernels import pointwise
 
     if is_product(case):
-        return {"kernel": lambda: pointwise.matmul(x, w), "plan": _plan(case, x, w)}
+        return {"kernel": lambda: pointwise.matmul(x, w), "plan": _plan(case, x, w, bias)}
     win = layers.Geometry.of(case).window()
     return {
-        "kernel": lambda: convolution.conv2d(x, w, None, win, False),
-        "plan": _plan(case, x, w),
+        "kernel": lambda: convolution.conv2d(x, w, bias, win, False),
+        "plan": _plan(case, x, w, bias),
     }
 
 
-def _plan(case: Case, x: Any, w: Any) -> layers.Call:
+def _plan(case: Case, x: Any, w: Any, bias: Any) -> layers.Call:
     import numpy as np
 
     import tinynn as tn
@@ -203,10 +198,12 @@ def _plan(case: Case, x: Any, w: Any) -> layers.Call:
     if is_product(case):
         layer = nn.Linear(*w.shape, bias=False, rng=rng)
     else:
-        win = layers.Geometry.of(case).window()
-        options: Any = {"stride": win.stride, "padding": win.padding}
-        layer = nn.Conv2d(*w.shape[2:], win.kernel, bias=False, rng=rng, **options)
+        win, (*_, m_in, m_out) = layers.Geometry.of(case).window(), w.shape
+        options: Any = {"stride": win.stride, "padding": win.padding, "bias": bias is not None}
+        layer = nn.Conv2d(m_in, m_out, win.kernel, rng=rng, **options)
     layer.weight.mutate()[...] = w
+    if bias is not None and layer.bias is not None:
+        layer.bias.mutate()[...] = bias
     plan = tn.compile(nn.Sequential(layer), x, choose="dense")
     return lambda: plan(x)
 

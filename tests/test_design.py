@@ -28,7 +28,7 @@ LAYERS = [
     ["tinynn.train", "tinynn.models"],
     ["tinynn.compress", "tinynn.deploy"],
     ["tinynn.onnx"],
-    ["tinynn.warmup", "tinynn.profile"],
+    ["tinynn.warmup", "tinynn.profile", "tinynn.explain"],
     ["tinynn"],
     ["tinynn.__main__"],
     ["experiments", "bench"],

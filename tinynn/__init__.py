@@ -7,6 +7,7 @@ from tinynn.count import Count, count
 from tinynn.data import Batches
 from tinynn.deploy import Plan, compile
 from tinynn.diagnose import find_non_finite
+from tinynn.explain import Explanation, explain
 from tinynn.gradcheck import gradcheck
 from tinynn.metrics import accuracy
 from tinynn.nn import Module, Parameter, load, save
@@ -27,6 +28,7 @@ __all__ = [
     "Batches",
     "Converged",
     "Count",
+    "Explanation",
     "History",
     "Module",
     "Nadam",
@@ -46,6 +48,7 @@ __all__ = [
     "data",
     "distort",
     "evaluate",
+    "explain",
     "find_non_finite",
     "fit",
     "get_threads",

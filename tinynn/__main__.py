@@ -9,6 +9,7 @@ from typing import Protocol
 
 from tinynn import profile, warmup
 from tinynn.errors import TinynnError
+from tinynn.explain import command as explain
 
 
 class Command(Protocol):
@@ -28,7 +29,7 @@ class Command(Protocol):
         ...
 
 
-COMMANDS: dict[str, Command] = {"warmup": warmup, "profile": profile}
+COMMANDS: dict[str, Command] = {"warmup": warmup, "profile": profile, "explain": explain}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

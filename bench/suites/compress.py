@@ -26,17 +26,17 @@ def cases(quick: bool) -> list[Case]:
 
 def contestants(case: Case) -> Sequence[str]:
     """Who has the technique, and whom it is measured by."""
-    return _half(case).contestants(case)  # type: ignore[no-any-return]
+    return _half(case).contestants(case)
 
 
 def work(case: Case) -> Work:
     """The least work with what the technique leaves of the weights."""
-    return _half(case).work(case)  # type: ignore[no-any-return]
+    return _half(case).work(case)
 
 
 def build(library: str, case: Case) -> Built:
     """A layer or a network on numbers that are the same for all contestants of the case."""
-    return _half(case).build(library, case)  # type: ignore[no-any-return]
+    return _half(case).build(library, case)
 
 
 def conclude(

@@ -27,6 +27,7 @@ class Way:
     activation_bytes: float  #: read and written
     bounds: dict[Bound, float]  #: lower bounds in seconds, from these
     rank: int | None = None  #: of factors that stand for the layer
+    fixed: float | None = None  #: seconds that remain with hardly a weight left; sparse ways only
 
     @property
     def bound(self) -> float:

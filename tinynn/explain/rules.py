@@ -20,6 +20,7 @@ HELPS, HURTS = 1.05, 0.95  #: of the dense time / the time; between them a techn
 _OVERHEAD = 0.3  #: the least share of a call's own time in the dense time that explains a failure
 _ALIKE = 0.9  #: bounds whose ratio is above promise nothing
 _SHORT = 0.7  #: a gain below this share of what the bounds promise needs a word
+_FIXED = 0.4  #: the least share of time without weights in the whole that is named
 _FEW_VECTORS = 2  #: vectors of channels below which padding and set-up weigh
 
 _LIMITS = {
@@ -74,9 +75,21 @@ def _less_of_what_limits(layer: Layer, way: Way) -> str | None:
 
 
 def _what_is_lost(layer: Layer, way: Way) -> str:
+    if way.limited_by == "overhead":
+        return f"but then a call of its kernel takes {way.share:.0%} of the time"
+    fixed = _fixed_share(way)
+    if fixed >= _FIXED:
+        return (
+            f"but {fixed:.0%} of its time would remain without a weight: activations are turned "
+            "into rows of pixels and back"
+        )
     if way.limited_by == "index":
         return "and indices take more yet than the loads that they ask for"
     return f"but its kernel runs at {way.share:.0%} of its bound, the dense one at {_dense(layer)}"
+
+
+def _fixed_share(way: Way) -> float:
+    return way.fixed / way.seconds if way.fixed is not None and way.seconds else 0.0
 
 
 def _better_kernel(layer: Layer, way: Way) -> str:
@@ -138,6 +151,17 @@ def _index_traffic(layer: Layer, way: Way) -> str | None:
     )
 
 
+def _turned(layer: Layer, way: Way) -> str | None:
+    fixed, dense = _fixed_share(way), layer.dense.seconds or 1.0
+    if way.fixed is None or fixed < _FIXED:
+        return None
+    return (
+        f"layout: {fixed:.0%} of its time would remain without a weight, {way.fixed / dense:.0%} "
+        f"of the dense time, as activations are turned into rows of pixels and back for sums of "
+        f"{layer.inputs} inputs"
+    )
+
+
 def _few_channels(layer: Layer, way: Way) -> str | None:
     least = _FEW_VECTORS * simd.LANES
     sizes = {"inputs": layer.inputs, "outputs": layer.channels}
@@ -163,6 +187,7 @@ _WHY_NOT: tuple[Rule, ...] = (
     _call_overhead,
     _saves_no_arithmetic,
     _memory_bound,
+    _turned,
     _index_traffic,
     _few_channels,
     _slower_kernel,

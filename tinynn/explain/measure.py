@@ -1,0 +1,286 @@
+"""Run a model's layers by every technique, and set the bounds of each way from what it has to do.
+
+Techniques change weights, on a model whose batch norms are folded as a plan folds them; then a plan
+that takes the technique's kernels is timed layer by layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kernels.timing import compare
+from tinynn import nn, roofline
+from tinynn.compress import cluster, factorize, fold_batchnorm, sparsify
+from tinynn.deploy import Plan, compile
+from tinynn.deploy.steps import Conv, Linear
+from tinynn.deploy.steps import Layer as Step
+from tinynn.errors import ConfigError
+from tinynn.explain.parts import DENSE, Bound, Explanation, Layer, Way
+from tinynn.nn.module import Module
+from tinynn.op import Array
+from tinynn.roofline import Limits
+
+_PASSES = 3  #: over all techniques, so that a disturbance does not hit one alone
+_ROUNDS = 10  #: of a pass
+_PLAN_ROUNDS = 7
+_HARDLY = 1e-9  #: a density that leaves one weight or block a layer
+_SPARSE = ("sparse", "sparse4x1")
+
+Change = Callable[[Module, Array, "Settings"], Module]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the techniques are told: see `explain`."""
+
+    density: float
+    entries: int
+
+
+# --- the techniques -------------------------------------------------------------------------------
+
+
+def _same(model: Module, x: Array, told: Settings) -> Module:
+    return model
+
+
+def _thin(model: Module, x: Array, told: Settings) -> Module:
+    keep = sparsify.share(told.density)
+    return sparsify.weights(model, sparsify.magnitude, keep, only=_mixing(model))
+
+
+def _thin_blocks(model: Module, x: Array, told: Settings) -> Module:
+    keep = sparsify.blocks(told.density)
+    return sparsify.weights(model, sparsify.magnitude, keep, only=_mixing(model))
+
+
+def _share(model: Module, x: Array, told: Settings) -> Module:
+    return cluster.kmeans(model, told.entries, only=_mixing(model))
+
+
+def _factor(model: Module, x: Array, told: Settings) -> Module:
+    return factorize.layers(model, x, _half)
+
+
+def _half(values: Array, size: int) -> int:
+    """The rank at which two factors have half the weights of the whole, as K x K as one matrix."""
+    inputs, outputs = len(values), size // len(values)
+    return max(1, size // (2 * (inputs + outputs)))
+
+
+def _mixing(model: Module) -> list[str]:
+    """The weights of linear layers and convolutions that are not depthwise."""
+    return [
+        f"{path}.weight".lstrip(".")
+        for path, m in model.named_modules()
+        if isinstance(m, nn.Linear | nn.Conv2d)
+    ]
+
+
+@dataclass(frozen=True)
+class Technique:
+    """How the model is changed, and which kernel the plan is told to take."""
+
+    change: Change
+    kernel: str
+
+
+TECHNIQUES: dict[str, Technique] = {
+    DENSE: Technique(_same, "dense"),
+    "sparse": Technique(_thin, "sparse"),
+    "sparse4x1": Technique(_thin_blocks, "sparse4x1"),
+    "codebook": Technique(_share, "codebook"),
+    "float16": Technique(_same, "float16"),
+    "lowrank": Technique(_factor, "dense"),
+}
+
+
+# --- explain --------------------------------------------------------------------------------------
+
+
+def explain(
+    model: Module,
+    example: npt.ArrayLike,
+    *,
+    density: float = 0.1,
+    entries: int = 16,
+    threads: int = 1,
+    limits: Limits | None = None,
+) -> Explanation:
+    """Each layer of `model`, in eval mode, on a batch like `example`, dense and by every technique.
+
+    Sparse layers keep the share `density` of their weights, or of blocks of 4 of them, with the
+    largest magnitude; code books have `entries` values a layer; low rank is the one at which a
+    layer has half its weights. `limits` are those of this machine unless given.
+
+    Raises ConfigError for a density outside 0 < density <= 0.8, above which no plan takes sparse
+    kernels, and CompileError for what no plan can express.
+    """
+    if not 0 < density <= 0.8:
+        raise ConfigError(f"explain: required 0 < density <= 0.8; came {density}")
+    x, told = np.ascontiguousarray(example, np.float32), Settings(density, entries)
+    limits = roofline.limits([threads])[0] if limits is None else limits
+    folded = fold_batchnorm(model, x).eval()
+    plans = _plans(folded, x, told, threads)
+    calls = {name: _smallest_call(name, told, threads) for name in plans}
+    bare = _plans(folded, x, replace(told, density=_HARDLY), threads, only=_SPARSE)
+    seconds = _times({**plans, **{f"bare {name}": plan for name, plan in bare.items()}}, x)
+    dense = plans[DENSE]
+    chunks = -(-len(x) // dense.images_at_once(len(x)))
+    layers = []
+    for i, step in enumerate(dense.network.layers):
+        rows = len(x) * math.prod(dense.network.shapes[step.output][:-1])
+        costs = _Costs(limits, len(x), chunks, rows)
+        ways = []
+        for name, plan in plans.items():
+            mine = _standing_for(plan, step) if name != DENSE else [i]
+            way = costs.way(name, plan, mine, seconds[name], calls[name])
+            if name in bare and way.seconds is not None:
+                left = seconds[f"bare {name}"]
+                way = replace(way, fixed=sum(left[k] for k in _standing_for(bare[name], step)))
+            ways.append(way)
+        weight = step.arrays.get("weight")
+        others = ways[1:] if isinstance(step.step, Linear | Conv) else []
+        layers.append(
+            Layer(
+                step.path or "-",
+                step.step.kind,
+                None if weight is None else weight.shape,
+                dense.network.shapes[step.output],
+                rows,
+                ways[0],
+                tuple(others),
+            )
+        )
+    whole = compare(
+        {name: lambda plan=plan: plan(x) for name, plan in plans.items()},  # type: ignore[misc]
+        rounds=_PLAN_ROUNDS,
+    )
+    settings = {"density": density, "entries": entries, "threads": threads}
+    return Explanation(tuple(layers), len(x), chunks, limits, whole, settings)
+
+
+def _plans(
+    folded: Module,
+    x: Array,
+    told: Settings,
+    threads: int,
+    only: Collection[str] | None = None,
+) -> dict[str, Plan]:
+    """A plan for each technique, or for `only` some, that has a kernel for a layer of the model."""
+    plans: dict[str, Plan] = {}
+    for name in TECHNIQUES if only is None else only:
+        technique = TECHNIQUES[name]
+        changed = technique.change(folded, x, told) if _mixing(folded) else folded
+        try:
+            plans[name] = compile(changed, x, threads=threads, choose=technique.kernel)
+        except ConfigError:  # no layer that it could run
+            continue
+    return plans
+
+
+def _smallest_call(name: str, told: Settings, threads: int) -> float:
+    """The seconds of the technique's kernel on next to nothing: what its set-up takes."""
+    rng = np.random.default_rng(0)
+    net = nn.Sequential(nn.Linear(4, 8, bias=False, rng=rng))
+    x = np.ones((1, 4), np.float32)
+    if name == "lowrank":
+        net = nn.Sequential(*net, nn.Linear(8, 4, bias=False, rng=rng))
+        plan = compile(net, x, threads=threads, choose="dense")
+    else:
+        plan = _plans(net, x, told, threads, only=[name])[name]
+    return min(plan.profile(x, rounds=50).seconds for _ in range(_PASSES))
+
+
+def _times(plans: Mapping[str, Plan], x: Array) -> dict[str, list[float]]:
+    """The seconds of each layer of each plan: the median over passes of medians over rounds."""
+    passes: dict[str, list[list[float]]] = {name: [] for name in plans}
+    for _ in range(_PASSES):
+        for name, plan in plans.items():
+            found = plan.profile(x, rounds=_ROUNDS)
+            passes[name].append([layer.seconds for layer in found.layers])
+    return {name: [median(s) for s in zip(*rows, strict=True)] for name, rows in passes.items()}
+
+
+def _standing_for(plan: Plan, step: Step) -> list[int]:
+    """The layers of another plan that stand for this one: of its path, or two factors below it."""
+    names = (step.path, f"{step.path}.0", f"{step.path}.1")
+    return [
+        i
+        for i, layer in enumerate(plan.network.layers)
+        if layer.path in names and type(layer.step) in (Linear, Conv)
+    ]
+
+
+class _Costs:
+    """What ways of running a layer have to do, and the bounds that follow from that."""
+
+    def __init__(self, limits: Limits, batch: int, chunks: int, rows: int) -> None:
+        self._limits, self._batch, self._chunks, self._rows = limits, batch, chunks, rows
+
+    def way(
+        self, name: str, plan: Plan, places: list[int], seconds: list[float], call: float
+    ) -> Way:
+        """The layers at `places` of a plan as one way of running a layer."""
+        network = plan.network
+        steps = [network.layers[i] for i in places]
+        macs = weights = moved = loads = 0.0
+        for step in steps:
+            shapes = [*network.inputs(step), network.shapes[step.output]]
+            left, nbytes, per_weight = _stored(step)
+            full = step.step.macs(network.inputs(step), step.arrays, shapes[-1])
+            macs += self._batch * full * left
+            weights += self._chunks * nbytes
+            moved += 4 * self._batch * sum(map(math.prod, shapes))
+            loads += self._batch * full * left * per_weight
+        runs = bool(steps) and self._has_kernel(name, steps)
+        bounds: dict[Bound, float] = {
+            "compute": self._limits.compute_seconds(2 * macs),
+            "memory": self._limits.memory_seconds(weights + moved, self._set(weights, moved)),
+            "index": loads / self._limits.bandwidths["L1"],
+            "overhead": call,
+        }
+        taken = sum(seconds[i] for i in places) if runs else None
+        rank = steps[0].arrays["weight"].shape[-1] if name == "lowrank" and steps else None
+        return Way(name, taken, macs, weights, moved, bounds, rank)
+
+    def _set(self, weights: float, moved: float) -> float:
+        """The bytes that one chunk of images needs: what has to fit a cache."""
+        return (weights + moved) / self._chunks
+
+    def _has_kernel(self, name: str, steps: list[Step]) -> bool:
+        if name == "lowrank":
+            return len(steps) == 2
+        return all(step.kernel == TECHNIQUES[name].kernel for step in steps)
+
+
+def _stored(step: Step) -> tuple[float, float, float]:
+    """Of a layer as its kernel stores it: the share of weights that are multiplied, the bytes of
+    all, and the bytes of activations that indices load for each multiply-add."""
+    weight = step.arrays.get("weight")
+    if weight is None:
+        return 1.0, float(sum(a.nbytes for a in step.arrays.values())), 0.0
+    if step.kernel == "sparse":
+        stored = int(np.count_nonzero(weight))
+        return stored / weight.size, 5.0 * stored, 4.0
+    if step.kernel == "sparse4x1":
+        blocks = _blocks(weight)
+        return min(1.0, 4 * blocks / weight.size), 17.0 * blocks, 1.0
+    if step.kernel == "codebook":
+        bits = max(1, (len(np.unique(weight)) - 1).bit_length())
+        return 1.0, weight.size * bits / 8, 0.0
+    return 1.0, weight.size * (2.0 if step.kernel == "float16" else 4.0), 0.0
+
+
+def _blocks(weight: Array) -> int:
+    """How many blocks of four neighbouring outputs have a weight that is not 0."""
+    rows: Any = weight.reshape(-1, weight.shape[-1])
+    starts = np.arange(0, rows.shape[1], 4)
+    return int(np.count_nonzero(np.add.reduceat(rows != 0, starts, axis=1)))
