@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,11 +184,38 @@ def test_all_threads_give_the_same_bits(name: str, monkeypatch: pytest.MonkeyPat
     make, shape = MODELS[name]
     model = lived_in(make(rng), rng)
     x = images(rng, 9, *shape)
-    plans = [tn.compile(model, x, threads=n) for n in (1, tn.max_threads())]
+    plans = [tn.compile(model, x, threads=n, choose="dense") for n in (1, tn.max_threads())]
     for batch in (1, 9):
         results = [plan(x[:batch]) for plan in (*plans, plans[0])]
         assert all(np.array_equal(y, results[0]) for y in results)
     assert tn.get_threads() == before
+
+
+@pytest.mark.parametrize("name", ["layers", "autoencoder", "nonlinear"])
+def test_a_plan_keeps_what_its_program_has_the_address_of(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays: list[weakref.ref[Array]] = []
+    argument = program.Program._argument
+
+    def recorded(self: program.Program, arg: Any) -> Any:
+        if isinstance(arg, np.ndarray):
+            arrays.append(weakref.ref(arg))
+        return argument(self, arg)
+
+    rng = np.random.default_rng(0)
+    make, shape = MODELS[name]
+    model, x = lived_in(make(rng), rng), images(rng, 2, *shape)
+    plan = tn.compile(model, x, choose="dense")
+    with monkeypatch.context() as patch:
+        patch.setattr(program.Program, "_argument", recorded)
+        plan(x)
+    for module in [m for n, m in sys.modules.items() if n.startswith("kernels.")]:
+        for value in vars(module).values():
+            if getattr(value, "cache_parameters", dict)().get("maxsize"):
+                value.cache_clear()  # as when other shapes have pushed these out
+    gc.collect()
+    assert arrays and all(a() is not None for a in arrays)
 
 
 def test_a_plan_keeps_nothing_of_the_model() -> None:

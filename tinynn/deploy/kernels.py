@@ -134,8 +134,8 @@ class _CodeBook(_Decoded):
     def _stream(self, layer: Layer) -> decoded.Stream | None:
         w = matrix(layer)
         book, codes = np.unique(w, return_inverse=True)
-        if not 2 <= len(book) <= 256 or np.isnan(book).any():
-            return None
+        if not 2 <= len(book) <= min(256, w.size // 2) or np.isnan(book).any():
+            return None  # nothing is shared
         return codebook.pack(codes.reshape(w.shape), book).source
 
 

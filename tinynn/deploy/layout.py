@@ -100,6 +100,7 @@ class Laid:
     """A network laid out for some images at once."""
 
     words: np.ndarray  #: of its program
+    program: Program  #: which keeps the tables and weights that the words have the addresses of
     places: tuple[tuple[int, int], ...]  #: of each layer: the word of its first call, and how many
     arena: int  #: bytes
 
@@ -112,7 +113,7 @@ def lay_out(network: Network, packed: Sequence[Packed], images: int, threads: bo
         at, calls = len(program), program.calls
         KERNELS[layer.kernel].emit(layer, site)
         places.append((at, program.calls - calls))
-    return Laid(program.words(), tuple(places), size)
+    return Laid(program.words(), program, tuple(places), size)
 
 
 def arena_bytes(network: Network, packed: Sequence[Packed], images: int) -> int:
