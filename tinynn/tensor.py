@@ -11,14 +11,13 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from kernels.elementwise import add
 from tinynn.errors import DTypeError, GraphError, ShapeError, StaleArrayError
-from tinynn.op import Array, Op, Saved, Shape, check_dtypes
+from tinynn.op import Array, Op, Saved, Shape, check_dtypes, registry
 
 #: Called after every op applied, with (op, inputs, output): see `recording`.
 Recorder = Callable[[Op, "tuple[Tensor, ...]", "Tensor"], None]
@@ -201,7 +200,7 @@ class Tensor:
     def _accumulate(self, grad: Array) -> None:
         if grad.shape != self.shape:
             raise ShapeError(f"gradient of shape {grad.shape} reached a leaf of {self.shape}")
-        self._grad = grad if self._grad is None else add(self._grad, grad)
+        self._grad = _sum(self._grad, grad)
 
     __add__, __radd__ = _method("add"), _method("add", swap=True)
     __sub__, __rsub__ = _method("sub"), _method("sub", swap=True)
@@ -295,10 +294,14 @@ def gradients(root: Tensor, seed: Array, retain: bool) -> Iterator[tuple[Tensor,
             continue
         for operand, g in zip(node.inputs, node.gradients(upstream), strict=True):
             if g is not None and operand.requires_grad:
-                so_far = pending.get(id(operand))
-                pending[id(operand)] = np.asarray(g) if so_far is None else add(so_far, g)
+                pending[id(operand)] = _sum(pending.get(id(operand)), np.asarray(g))
         if not retain:
             node.saved = None
+
+
+def _sum(so_far: Array | None, grad: Array) -> Array:
+    """Both gradients added, by the kernel of the op `add` that is in force."""
+    return grad if so_far is None else cast(Array, registry["add"]().kernel()(so_far, grad))
 
 
 def _owner(array: Array) -> object:
