@@ -15,7 +15,9 @@ from functools import cached_property
 import numpy as np
 
 from kernels import decoded
-from kernels.geometry import Window
+from kernels.decoded import conv2d, linear, unpack
+
+__all__ = ["CodeBook", "codes", "conv2d", "linear", "pack", "pack_bits", "unpack", "unpack_bits"]
 
 
 @dataclass(frozen=True)
@@ -91,40 +93,3 @@ def codes(packed: CodeBook) -> np.ndarray:
     """The codes, uint8, in the shape of the weights."""
     size = int(np.prod(packed.shape))
     return unpack_bits(packed.stream, packed.bits, size).reshape(packed.shape)
-
-
-def unpack(packed: CodeBook) -> np.ndarray:
-    """The weights, float32."""
-    return decoded.expand(packed.source, packed.shape)
-
-
-def linear(
-    x: np.ndarray,
-    packed: CodeBook,
-    bias: np.ndarray | None = None,
-    relu: bool = False,
-    out: np.ndarray | None = None,
-) -> np.ndarray:
-    """y = x @ w + bias, of it max(y, 0) if `relu`; x (M, K), w (K, N) packed, bias (N,) -> (M, N).
-
-    Writes to `out` (M, N), C-contiguous, if given. Raises ValueError for shapes that do not fit,
-    TypeError unless all are float32.
-    """
-    return decoded.linear(
-        "codebook.linear", packed.source, decoded.matrix(packed.shape), x, bias, relu, out
-    )
-
-
-def conv2d(
-    x: np.ndarray,
-    packed: CodeBook,
-    bias: np.ndarray | None,
-    win: Window,
-    relu: bool = False,
-    out: np.ndarray | None = None,
-) -> np.ndarray:
-    """As `kernels.conv.conv2d` with packed weights (KH, KW, C, N), into `out` if given.
-
-    Raises ValueError for shapes that do not fit, TypeError unless all are float32.
-    """
-    return decoded.conv2d("codebook.conv2d", packed.source, packed.shape, x, bias, win, relu, out)

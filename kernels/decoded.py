@@ -18,7 +18,7 @@ A convolution decodes all its weights first, once a call, and runs as `kernels.c
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numba import prange
@@ -106,6 +106,18 @@ class Stream(NamedTuple):
     columns: int  #: after which the columns of the book begin again; 16 at least
 
 
+class Packed(Protocol):
+    """Weights (K, N) or (KH, KW, C, N) in fewer bits: `codebook.CodeBook`, `half.Half`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weights."""
+
+    @property
+    def source(self) -> Stream:
+        """The weights as kernels take them."""
+
+
 @cache
 def decode_kernel(kind: int) -> Variants:
     """Of a whole stream: (S, book, columns, D)."""
@@ -118,26 +130,29 @@ def product_kernel(kind: int, mr: int, nr: int) -> Variants:
     return Variants(_products(kind, mr, nr))
 
 
-def expand(weights: Stream, shape: tuple[int, ...]) -> np.ndarray:
-    """All weights of a stream, float32, in this shape."""
-    out = memory.empty(shape, np.float32)
-    kind, data, book, columns = weights
+def unpack(packed: Packed) -> np.ndarray:
+    """The weights, float32."""
+    out = memory.empty(packed.shape, np.float32)
+    kind, data, book, columns = packed.source
     decode_kernel(kind).choose(out.nbytes)(data, book, columns, out.reshape(-1))
     return out
 
 
 def linear(
-    name: str,
-    weights: Stream,
-    shape: tuple[int, int],
     x: np.ndarray,
-    bias: np.ndarray | None,
-    relu: bool,
-    out: np.ndarray | None,
+    packed: Packed,
+    bias: np.ndarray | None = None,
+    relu: bool = False,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """x (M, K) times the weights (K, N) = shape of a stream, + bias (N,), ReLU if asked."""
+    """y = x @ w + bias, of it max(y, 0) if `relu`; x (M, K), w (K, N) packed, bias (N,) -> (M, N).
+
+    Weights (KH, KW, C, N) are the matrix of K = KH KW C rows. Writes to `out` (M, N), C-contiguous,
+    if given. Raises ValueError for shapes that do not fit, TypeError unless all are float32.
+    """
+    name, shape = _named(packed, "linear"), matrix(packed.shape)
     K, N = shape
-    kind, data, book, columns = weights
+    kind, data, book, columns = packed.source
     if x.ndim != 2 or x.shape[1] != K:
         raise ValueError(f"{name}: expected x (M, {K}) for weights {shape}, got {x.shape}")
     x, added = operands(name, x, bias, N)
@@ -174,16 +189,18 @@ def linear(
 
 
 def conv2d(
-    name: str,
-    weights: Stream,
-    shape: tuple[int, ...],
     x: np.ndarray,
+    packed: Packed,
     bias: np.ndarray | None,
     win: Window,
-    relu: bool,
-    out: np.ndarray | None,
+    relu: bool = False,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """`kernels.conv.conv2d` with weights (KH, KW, C, N) = shape of a stream."""
+    """As `kernels.conv.conv2d` with packed weights (KH, KW, C, N), into `out` if given.
+
+    Raises ValueError for shapes that do not fit, TypeError unless all are float32.
+    """
+    name, shape = _named(packed, "conv2d"), packed.shape
     if x.ndim != 4 or shape[:3] != (*win.kernel, x.shape[3]):
         raise ValueError(
             f"{name}: expected x (B, H, W, C) and weights ({win.kernel[0]}, {win.kernel[1]}, C, N),"
@@ -193,10 +210,10 @@ def conv2d(
     if win == Window((1, 1)):
         y = result(name, size, out)
         flat = y.reshape(-1, shape[3])
-        linear(name, weights, (shape[2], shape[3]), x.reshape(-1, shape[2]), bias, relu, flat)
+        linear(x.reshape(-1, shape[2]), packed, bias, relu, flat)
         return y
     x, added = operands(name, x, bias, shape[3])
-    y = conv.conv2d(x, expand(weights, shape), added, win, relu)
+    y = conv.conv2d(x, unpack(packed), added, win, relu)
     if out is None:
         return y
     result(name, size, out)[...] = y
@@ -222,6 +239,11 @@ def result(name: str, shape: tuple[int, ...], out: np.ndarray | None) -> np.ndar
             f"{name}: expected out {shape} of float32, C-contiguous, got {out.shape} of {out.dtype}"
         )
     return out
+
+
+def _named(packed: Packed, function: str) -> str:
+    """The function as callers know it: of the module that packed the weights."""
+    return f"{type(packed).__module__.removeprefix('kernels.')}.{function}"
 
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:

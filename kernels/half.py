@@ -13,7 +13,9 @@ from functools import cached_property
 import numpy as np
 
 from kernels import decoded, simd_decode
-from kernels.geometry import Window
+from kernels.decoded import conv2d, linear, unpack
+
+__all__ = ["Half", "conv2d", "linear", "pack", "unpack"]
 
 
 @dataclass(frozen=True)
@@ -53,40 +55,3 @@ def pack(weights: np.ndarray) -> Half:
         )
     with np.errstate(over="ignore"):  # infinity is what the format has for it
         return Half(np.ascontiguousarray(weights, np.float16))
-
-
-def unpack(packed: Half) -> np.ndarray:
-    """The rounded weights, float32."""
-    return decoded.expand(packed.source, packed.shape)
-
-
-def linear(
-    x: np.ndarray,
-    packed: Half,
-    bias: np.ndarray | None = None,
-    relu: bool = False,
-    out: np.ndarray | None = None,
-) -> np.ndarray:
-    """y = x @ w + bias, of it max(y, 0) if `relu`; x (M, K), w (K, N) packed, bias (N,) -> (M, N).
-
-    Writes to `out` (M, N), C-contiguous, if given. Raises ValueError for shapes that do not fit,
-    TypeError unless all are float32.
-    """
-    return decoded.linear(
-        "half.linear", packed.source, decoded.matrix(packed.shape), x, bias, relu, out
-    )
-
-
-def conv2d(
-    x: np.ndarray,
-    packed: Half,
-    bias: np.ndarray | None,
-    win: Window,
-    relu: bool = False,
-    out: np.ndarray | None = None,
-) -> np.ndarray:
-    """As `kernels.conv.conv2d` with packed weights (KH, KW, C, N), into `out` if given.
-
-    Raises ValueError for shapes that do not fit, TypeError unless all are float32.
-    """
-    return decoded.conv2d("half.conv2d", packed.source, packed.shape, x, bias, win, relu, out)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from borders import bordered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +19,6 @@ DTYPES = [np.float32, np.float64]
 EPS = 1e-5
 #: M, C: one row or channel, fewer rows than fold, tails of rows and channels, several chunks.
 SHAPES = [(1, 1), (1, 40), (3, 3), (9, 16), (50, 17), (700, 3), (2100, 1), (300, 64), (40, 300)]
-PAGE = mmap.PAGESIZE
 
 
 def numbers(rows, columns, dtype=np.float64, seed=0):
@@ -222,19 +220,6 @@ def frozen(array):
     return copy
 
 
-def guarded(values):
-    """A copy that ends where a page begins that nobody may touch."""
-    pages = -(-values.nbytes // PAGE)
-    raw = np.frombuffer(mmap.mmap(-1, (pages + 1) * PAGE), np.uint8)
-    libc = ctypes.CDLL(None, use_errno=True)
-    address = ctypes.c_void_p(raw.ctypes.data + pages * PAGE)
-    assert libc.mprotect(address, ctypes.c_size_t(PAGE), 0) == 0
-    array = raw[pages * PAGE - values.nbytes : pages * PAGE].view(values.dtype)
-    array = array.reshape(values.shape)
-    array[...] = values
-    return array
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="protects pages by mprotect")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES, (37, 100), (2053, 5)])
@@ -242,13 +227,13 @@ def test_nothing_is_touched_behind_the_arrays(shape, dtype, monkeypatch):
     lent = []
 
     def empty(shape, dtype):
-        lent.append(guarded(np.zeros(shape, dtype)))
+        lent.append(bordered(np.zeros(shape, dtype))[0])
         return lent[-1]
 
     monkeypatch.setattr(kernels.memory, "empty", empty)
-    x, grad, gamma, beta = map(guarded, numbers(*shape, dtype))
+    x, grad, gamma, beta = (bordered(a)[0] for a in numbers(*shape, dtype))
     _, mean, var = kernels.batchnorm(x, gamma, beta, EPS, True)
-    kernels.batchnorm_grad(grad, x, beta, gamma, guarded(mean), guarded(var), EPS)
+    kernels.batchnorm_grad(grad, x, beta, gamma, bordered(mean)[0], bordered(var)[0], EPS)
     kernels.scale_shift(x, gamma, beta, True)
     assert len(lent) == 3
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
-
 import numpy as np
 import pytest
+from borders import bordered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -175,21 +172,6 @@ def test_nan_and_infinity_reach_what_reads_them_and_nothing_else(value, stride):
                 expected.pop(4), results.pop(4)
             for got, exact in zip(results, expected, strict=True):
                 np.testing.assert_allclose(got, exact, rtol=1e-12, atol=1e-12)
-
-
-def bordered(values):
-    """A copy with NaN before it, on Linux behind it a page that nobody may touch."""
-    page = mmap.PAGESIZE
-    pages = -(-values.nbytes // page) + 1
-    raw = np.frombuffer(mmap.mmap(-1, (pages + 1) * page), np.uint8)
-    raw[:] = 255  # NaN in any floating point format
-    end = pages * page
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        assert libc.mprotect(ctypes.c_void_p(raw.ctypes.data + end), ctypes.c_size_t(page), 0) == 0
-    array = raw[end - values.nbytes : end].view(values.dtype).reshape(values.shape)
-    array[...] = values
-    return array, raw[: end - values.nbytes]
 
 
 @QUICK

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
-
 import numpy as np
 import pytest
+from borders import bordered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -197,21 +194,6 @@ def path(request, monkeypatch):
     product._plan.cache_clear()
     yield request.param
     product._plan.cache_clear()
-
-
-def bordered(values):
-    """A copy with NaN before and behind it, on Linux up to a page that nobody may touch."""
-    page = mmap.PAGESIZE
-    pages = -(-values.nbytes // page) + 1
-    raw = np.frombuffer(mmap.mmap(-1, (pages + 1) * page), np.uint8)
-    raw[:] = 255  # NaN in any floating point format
-    end = pages * page
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        assert libc.mprotect(ctypes.c_void_p(raw.ctypes.data + end), ctypes.c_size_t(page), 0) == 0
-    array = raw[end - values.nbytes : end].view(values.dtype).reshape(values.shape)
-    array[...] = values
-    return array, raw[: end - values.nbytes]
 
 
 @pytest.mark.usefixtures("path")

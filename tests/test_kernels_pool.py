@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
-
 import numpy as np
 import pytest
+from borders import bordered
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from windows import image_windows
 
 from kernels import _jit, pool, reference
 from kernels.geometry import Window, window
@@ -76,24 +74,12 @@ def test_pools(case, dtype, special):
     check_all(*problem(case, dtype, special))
 
 
-@st.composite
-def geometries(draw):
-    sides = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
-    axes = [
-        draw(
-            st.tuples(*(st.integers(*r) for r in ((1, 5), (1, 4), (0, 4), (0, 4), (1, 3)))).filter(
-                lambda a, n=n: n + a[2] + a[3] > (a[0] - 1) * a[4]
-            )
-        )
-        for n in sides
-    ]
-    kernel, stride, before, after, dilation = zip(*axes, strict=True)
-    shape = (draw(st.integers(1, 3)), *sides, draw(st.sampled_from([1, 3, 15, 16, 17, 33, 65])))
-    return shape, kernel, stride, ((before[0], after[0]), (before[1], after[1])), dilation
-
-
 @QUICK
-@given(geometries(), st.sampled_from(DTYPES), st.sampled_from([0.0, 0.1]))
+@given(
+    image_windows(9, 5, [1, 3, 15, 16, 17, 33, 65]),
+    st.sampled_from(DTYPES),
+    st.sampled_from([0.0, 0.1]),
+)
 def test_any_geometry(case, dtype, special):
     check_all(*problem(case, dtype, special))
 
@@ -110,21 +96,6 @@ def test_nan_and_infinity_in_gradients_pass(value):
     )
     expected = reference.avg_pool2d_grad(grad, x.shape, win)
     check(pool.avg_pool2d_grad(grad, x.shape, win), expected, np.float64)
-
-
-def bordered(values):
-    """A copy with all bits set before and behind it, on Linux up to a page nobody may touch."""
-    page = mmap.PAGESIZE
-    pages = -(-values.nbytes // page) + 1
-    raw = np.frombuffer(mmap.mmap(-1, (pages + 1) * page), np.uint8)
-    raw[:] = 255
-    end = pages * page
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        assert libc.mprotect(ctypes.c_void_p(raw.ctypes.data + end), ctypes.c_size_t(page), 0) == 0
-    array = raw[end - values.nbytes : end].view(values.dtype).reshape(values.shape)
-    array[...] = values
-    return array, raw[: end - values.nbytes]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

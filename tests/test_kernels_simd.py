@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import re
 import subprocess
@@ -14,6 +12,7 @@ import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
+from borders import bordered
 from numba import types
 
 from kernels import _jit, _levels, product, simd
@@ -22,7 +21,6 @@ from kernels._jit import jit
 MR, NR = simd.TILE
 DTYPES = [np.float32, np.float64, np.int32]
 FLOATS = DTYPES[:2]
-PAGE = mmap.PAGESIZE
 #: Only the function itself: no reference counts, no entry from Python.
 BARE = {"_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
@@ -33,21 +31,6 @@ def lanes(dtype):
 
 def numbers(shape, dtype, seed=0):
     return (np.random.default_rng(seed).standard_normal(shape) * 100).astype(dtype)
-
-
-def guarded(values):
-    """A copy that ends where a page begins that nobody may touch."""
-    values = np.ascontiguousarray(values)
-    pages = -(-values.nbytes // PAGE)
-    memory = mmap.mmap(-1, (pages + 1) * PAGE)
-    raw = np.frombuffer(memory, np.uint8)
-    libc = ctypes.CDLL(None, use_errno=True)
-    address = ctypes.c_void_p(raw.ctypes.data + pages * PAGE)
-    assert libc.mprotect(address, ctypes.c_size_t(PAGE), 0) == 0
-    start = pages * PAGE - values.nbytes
-    array = raw[start : pages * PAGE].view(values.dtype).reshape(values.shape)
-    array[...] = values
-    return array
 
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="protects pages by mprotect")
@@ -103,7 +86,9 @@ def test_parts_touch_nothing_else(dtype):
 def test_parts_stay_off_the_next_page(dtype):
     for cols in range(1, NR * lanes(dtype)):
         for rows in (1, MR - 1, MR):
-            x, y = guarded(numbers((rows, cols), dtype)), guarded(np.zeros((rows, cols), dtype))
+            (x, _), (y, _) = (
+                bordered(a) for a in (numbers((rows, cols), dtype), np.zeros((rows, cols), dtype))
+            )
             _copy_part(x, cols, y, cols, 0, rows, cols)
             np.testing.assert_array_equal(x, y)
 
@@ -188,7 +173,7 @@ def test_rank1(dtype, transposed):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_rank1_rows_reads_only_its_rows(dtype):
     width = NR * lanes(dtype)
-    a, b = guarded(numbers(2, dtype)), guarded(numbers(width, dtype))
+    (a, _), (b, _) = bordered(numbers(2, dtype)), bordered(numbers(width, dtype))
     c = np.zeros((MR, width), dtype)
     _only_rows(a, b, c, width, 0, 2)
     np.testing.assert_array_equal(c[:2], a[:, None] * b)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from borders import bordered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -47,21 +46,6 @@ def check(got, exact, terms):
     assert got.dtype == np.float32 and got.shape == exact.shape and got.flags.carray
     bound = (8 + 2 * terms) * np.finfo(np.float32).eps
     np.testing.assert_allclose(got, exact, rtol=0, atol=bound)
-
-
-def bordered(values):
-    """A copy with NaN before it, on Linux up to a page that nobody may touch."""
-    page = mmap.PAGESIZE
-    pages = -(-values.nbytes // page) + 1
-    raw = np.frombuffer(mmap.mmap(-1, (pages + 1) * page), np.uint8)
-    raw[:] = 255
-    end = pages * page
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        assert libc.mprotect(ctypes.c_void_p(raw.ctypes.data + end), ctypes.c_size_t(page), 0) == 0
-    array = raw[end - values.nbytes : end].view(values.dtype).reshape(values.shape)
-    array[...] = values
-    return array, raw[: end - values.nbytes]
 
 
 # --- the layout -----------------------------------------------------------------------------------
