@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--peers", nargs="*", metavar="NAME", help="only these peers; none after it: no peer"
     )
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="rounds a case (default: 15; 5 with --quick)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write records and summary")
     parser.add_argument(
         "--out",
@@ -110,6 +113,8 @@ def _problems(options: argparse.Namespace) -> list[tuple[Suite, Case]]:
     """All (suite, case) asked for. Raises CaseError."""
     cores = usable_cores()
     threads = options.threads or [n for n in (1, 2) if n <= cores]
+    if options.rounds is not None and options.rounds < 1:
+        raise CaseError(f"required --rounds >= 1; came {options.rounds}")
     if not options.suites and not options.case:
         raise CaseError("required a SUITE or --case; --list shows the suites")
     problems = []
@@ -151,7 +156,10 @@ def _run(problems: list[tuple[Suite, Case]], options: argparse.Namespace) -> int
         _check_writable(options.json.parent)
     if options.out is not None:
         _check_writable(options.out)
-    with Team(QUICK if options.quick else Settings()) as team:
+    settings = QUICK if options.quick else Settings()
+    if options.rounds is not None:
+        settings = replace(settings, rounds=options.rounds)
+    with Team(settings) as team:
         counts = sorted({case.threads for _, case in problems if case.threads <= max_threads()})
         limits = roofline.limits(counts, remeasure=options.remeasure)
         for entry in limits:

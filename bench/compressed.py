@@ -25,7 +25,8 @@ LIBRARIES = (OURS, DENSE, "scipy", "torch", "torch_sparse", "onnxruntime", "open
 
 #: Shares of weights (or of blocks of them) that are not zero.
 DENSITIES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
-_QUICK_DENSITIES = (0.1, 0.5, 0.9)
+_QUICK_DENSITIES = (0.1, 0.7)
+_PEERS_UP_TO = 0.4  # of density: libraries are slower than any dense product long before
 _BITS = (4, 8)
 _SPREAD = 3.0  # code books cover weights from -3 to 3 standard deviations
 
@@ -52,10 +53,10 @@ def contestants(case: Case) -> Sequence[str]:
     """Ours by the technique and dense; libraries that have the technique, or dense ones."""
     if case.family == "dense":
         return OURS, "torch", "onnxruntime", "openvino"
-    others: tuple[str, ...] = ()
-    if is_product(case):
-        others = {"sparse": ("scipy", "torch_sparse"), "sparse4x1": ("scipy",)}.get(case.family, ())
-    return OURS, DENSE, *others
+    peers = {"sparse": ("scipy", "torch_sparse"), "sparse4x1": ("scipy",)}.get(case.family, ())
+    if not peers or not is_product(case) or _density(case) > _PEERS_UP_TO:
+        return OURS, DENSE
+    return OURS, DENSE, *peers
 
 
 def is_product(case: Case) -> bool:

@@ -34,6 +34,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("text", CASES)
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
 @pytest.mark.parametrize("library", compress.LIBRARIES)
 def test_contestants_compute_what_the_plain_loops_do(library: str, text: str) -> None:
     case = Case.parse(text)
@@ -229,5 +230,6 @@ def test_match_chooses_among_the_cases(capsys: pytest.CaptureFixture[str]) -> No
     )
     cases = [case for _, case in command._problems(options)]
     assert len(cases) == 4 and {case.family for case in cases} == set(crossover.SPARSE)
-    assert command.main(["compress", "--match", "nothing at all"]) == 2
-    assert "no case" in capsys.readouterr().err
+    for wrong, said in ((["--match", "nothing at all"], "no case"), (["--rounds", "0"], "rounds")):
+        assert command.main(["compress", *wrong]) == 2
+        assert said in capsys.readouterr().err
