@@ -27,23 +27,35 @@ FAMILIES = tuple(f"plan_{name}" for name in _NAMES)
 LIBRARIES = (OURS, DENSE, "torch", "onnxruntime", "openvino")
 
 #: Each model with the shapes of images (B, H, W, C) that it is timed on.
-MODELS = {"small_cifar": ((1, 32, 32, 3), (64, 32, 32, 3)), "baseline": ((64, 24, 24, 3),)}
+MODELS = {
+    "small_cifar": ((1, 32, 32, 3), (64, 32, 32, 3)),
+    "baseline": ((1, 24, 24, 3), (64, 24, 24, 3)),
+    "baseline_composing": ((1, 24, 24, 3),),
+    "baseline_separable": ((1, 24, 24, 3),),
+}
 _DENSITIES = (0.1, 0.3)
 #: `variant` of a case: the technique wherever it can run, or for each layer the fastest kernel
 _FORCED, _MEASURED = "default", "measured"
 
 
 def cases(quick: bool) -> list[Case]:
-    """Every model, with one image and with 64, by every technique."""
+    """Every network dense, and by every technique that has kernels for most of its layers."""
     found = []
     for family in FAMILIES[: 2 if quick else None]:
-        for name, shapes in MODELS.items() if not quick else [next(iter(MODELS.items()))]:
-            for x in shapes:
+        for name in _models(family)[: 1 if quick else None]:
+            for x in MODELS[name]:
                 found += [
                     Case.of(family, variant=variant, x=x, model=name, **attributes)
                     for attributes, variant in _choices(family, quick)
                 ]
     return found
+
+
+def _models(family: str) -> list[str]:
+    if family == "plan_dense":
+        return list(MODELS)
+    windowed = family not in ("plan_codebook", "plan_float16")  # these have kernels for products
+    return ["small_cifar", *(["baseline"] if windowed else [])]
 
 
 def _choices(family: str, quick: bool) -> list[tuple[dict[str, Any], str]]:
@@ -79,7 +91,9 @@ def _layers(case: Case) -> list[networks.Layer]:
             f"required a model of {', '.join(MODELS)}, images (B, H, W, 3), a variant {_FORCED} or "
             f"{_MEASURED}; came {name}, {x}, {variant}"
         )
-    return networks.small_cifar() if name == "small_cifar" else networks.baseline("conv")
+    if name == "small_cifar":
+        return networks.small_cifar()
+    return networks.baseline(str(name).partition("_")[2] or "conv")
 
 
 def build(library: str, case: Case) -> Built:

@@ -166,8 +166,8 @@ def _cell(c: Crossover) -> str:
 
 
 def as_json(found: Iterable[Crossover]) -> list[dict[str, Any]]:
-    """The crossovers as they are written to a file."""
-    return [asdict(c) for c in found]
+    """The crossovers as they are written to a file, without the curves: those are the records."""
+    return [{k: v for k, v in asdict(c).items() if k != "curve"} for c in found]
 
 
 def plot(found: Sequence[Crossover], path: Path) -> None:
