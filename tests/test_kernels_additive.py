@@ -34,10 +34,10 @@ def numbers(*shapes, zeros=0.2):
 
 
 @QUICK
-@given(SMALL, SMALL, SMALL, st.sampled_from([np.float32, np.float64]))
-def test_product(m, k, n, dtype):
-    x, w, grad = numbers((m, k), (k, n), (m, n))
-    x, w, grad = (a.astype(dtype) for a in (x, w, grad))
+@given(SMALL, SMALL, SMALL)
+def test_product(m, k, n):  # of float32; the convolutions below are products of float64
+    dtype = np.float32
+    x, w, grad = (a.astype(dtype) for a in numbers((m, k), (k, n), (m, n)))
     got = additive.linear(x, w)
     assert got.dtype == dtype
     tolerance = 20 * k * np.finfo(dtype).eps

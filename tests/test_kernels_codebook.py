@@ -64,12 +64,11 @@ def test_bytes_are_those_of_the_codes_and_the_book():
     st.sampled_from([1, 2, 3, 7, 30, 250]),
     st.integers(1, 300),
     st.one_of(st.integers(1, 40), st.integers(60, 70)),
-    st.sampled_from([3, 8]),
-    st.booleans(),
+    st.sampled_from([(3, True), (8, False)]),
     st.booleans(),
 )
-def test_linear(m, k, n, bits, each, relu):
-    layer = packed((k, n), bits, each)
+def test_linear(m, k, n, kind, relu):
+    layer = packed((k, n), *kind)
     rng = np.random.default_rng(1)
     x, bias = rng.standard_normal((m, k)).astype(np.float32), np.arange(n, dtype=np.float32) / n
     weights = reference.look_up(codebook.codes(layer), layer.book)
