@@ -99,7 +99,8 @@ def train(
 ) -> Record:
     """Train and evaluate `model`; a checkpoint in `context.files` lets a run be taken up again.
 
-    Returns the training's curve (a record an epoch) and what `evaluate` gives.
+    Returns the training's curve (a record an epoch), the seconds for which steps waited for images,
+    and what `evaluate` gives.
     """
     augment = augmentation(config)
     data = sets.train.batches(config["batch"], rng, augment, drop_last=True)
@@ -140,6 +141,7 @@ def train(
         "steps": history.records[-1]["step"],
         "train_loss": history.losses[-1],
         "training_seconds": round(sum(r["seconds"] for r in history.records), 3),
+        "waiting_seconds": round(data.waited, 3),
         "curve": history.records,
         **evaluate(model, test, sets.test.classes),
     }

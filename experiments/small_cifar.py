@@ -102,6 +102,10 @@ def table(runs: list[Record], summary: Record) -> list[Row]:
             rows.append(Row(f"{cell}: {what}", f"{published[name] / unit:,g}", value, "-"))
         times = [r["training_seconds"] for r in members]
         rows.append(Row(f"{cell}: s of training", "?", f"{np.median(times):.0f}", spread(times)))
+        waited = [r["waiting_seconds"] for r in members if "waiting_seconds" in r]
+        if waited:
+            what = f"{cell}: of them, s of waiting for images"
+            rows.append(Row(what, "?", f"{np.median(waited):.2f}", spread(waited)))
     return rows
 
 

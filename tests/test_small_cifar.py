@@ -46,6 +46,7 @@ def test_a_run_from_the_command_line_leaves_its_files(pictures: None, tmp_path: 
     assert len(only["curve"]) == 2 and only["steps"] == 8
     assert sum(map(sum, only["confusion"])) == only["test_images"] == 30
     assert 0 <= only["accuracy"] <= 1
+    assert 0 < only["waiting_seconds"] <= only["seconds"]
     for name in ("curves.png", "classes.png", "model.safetensors"):
         assert (tmp_path / name).stat().st_size > 1000
     model = tn.load(tmp_path / "model.safetensors")
