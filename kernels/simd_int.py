@@ -17,27 +17,26 @@ from numba import types
 from numba.core.errors import TypingError
 
 from kernels._emit import I8, I32, I64, Tile, constant, static_bounds
-from kernels.simd import (
-    _N,
-    LANES,
-    _array,
-    _bounds,
-    _columns,
-    _elementwise,
-    _intrinsic,
-    _new,
-    _primitive,
-    _tile,
-    _update,
+from kernels._levels import LANES
+from kernels._primitive import (
+    OFFSET,
+    bound_types,
+    check_array,
+    check_tile,
+    new_tile,
+    primitive,
+    tile_intrinsic,
 )
+from kernels._slide import _columns
+from kernels.simd import _elementwise, _update
 
 #: 1.5 * 2^23. Added to |x| <= 2^22 it leaves no room for a fraction: the sum is x rounded to the
-#: nearest integer, half to even, in the low bits of the number.
-_ROUND, _ROUND_BITS = 12582912.0, 0x4B400000
+#: nearest integer, half to even, and the low byte of its bits is that integer's low byte.
+_ROUND = 12582912.0
 
 
 def _int32(name: str, *kinds: Any) -> None:
-    _tile(name, *kinds)
+    check_tile(name, *kinds)
     for kind in kinds:
         if kind.dtype != types.int32:
             raise TypingError(f"simd_int.{name}: expected a Tile of int32, got {kind}")
@@ -63,19 +62,19 @@ def _byte_tile(mr: Any, nr: Any) -> Tile:
     return Tile(constant(mr), constant(nr), types.int32, LANES)
 
 
-@_intrinsic
+@tile_intrinsic
 def byte_lanes(typing):
     """L, the number of bytes that become a vector of int32."""
-    return _primitive(_N, (), lambda code: I64(LANES))
+    return primitive(OFFSET, (), lambda code: I64(LANES))
 
 
 # --- bytes into tiles -----------------------------------------------------------------------------
 
 
-@_intrinsic
+@tile_intrinsic
 def load_bytes(typing, mr, nr, X, ix, ld):
     """x[i, j] = X[ix + i ld + j L : + L], uint8 or int8 as int32."""
-    _array("load_bytes", X, types.uint8, types.int8)
+    check_array("load_bytes", X, types.uint8, types.int8)
     tile = _byte_tile(mr, nr)
     L, extend = tile.lanes, "sext" if X.dtype.signed else "zext"
 
@@ -86,13 +85,13 @@ def load_bytes(typing, mr, nr, X, ix, ld):
 
         return [[vector(i, j) for j in range(tile.nr)] for i in range(tile.mr)]
 
-    return _primitive(tile, (mr, nr, X, _N, _N), emit)
+    return primitive(tile, (mr, nr, X, OFFSET, OFFSET), emit)
 
 
-@_intrinsic
+@tile_intrinsic
 def load_bytes_part(typing, mr, nr, X, ix, ld, cols):
     """As `load_bytes`, the first `cols` elements of each row, 0 elsewhere; others are not read."""
-    _array("load_bytes_part", X, types.uint8, types.int8)
+    check_array("load_bytes_part", X, types.uint8, types.int8)
     tile = _byte_tile(mr, nr)
     L, extend = tile.lanes, "sext" if X.dtype.signed else "zext"
 
@@ -105,16 +104,16 @@ def load_bytes_part(typing, mr, nr, X, ix, ld, cols):
 
         return [[vector(i, j) for j in range(tile.nr)] for i in range(tile.mr)]
 
-    return _primitive(tile, (mr, nr, X, _N, _N, _N), emit)
+    return primitive(tile, (mr, nr, X, OFFSET, OFFSET, OFFSET), emit)
 
 
 def _whole_bytes(name: str, X: Any) -> Tile:
     """One vector of bytes, held as if it were int32."""
-    _array(name, X, types.uint8)
+    check_array(name, X, types.uint8)
     return Tile(1, 1, types.int32, LANES)
 
 
-@_intrinsic
+@tile_intrinsic
 def bytes_at(typing, X, ix, cols):
     """X[ix : ix + 4 L], four bytes to each int32; 0 from the element `cols` on, which is not read.
 
@@ -129,10 +128,10 @@ def bytes_at(typing, X, ix, cols):
             x = code.load(code.at(X, ix), _byte_vector(4 * LANES))
         return [[code.builder.bitcast(x, tile.vector)]]
 
-    return _primitive(tile, (X, _N, _N if part else cols), emit)
+    return primitive(tile, (X, OFFSET, OFFSET if part else cols), emit)
 
 
-@_intrinsic
+@tile_intrinsic
 def max_bytes(typing, x, y):
     """The larger of each byte of x and y, unsigned."""
     _int32("max_bytes", x, y)
@@ -145,7 +144,7 @@ def max_bytes(typing, x, y):
     return _elementwise("max_bytes", op, x, y)
 
 
-@_intrinsic
+@tile_intrinsic
 def store_bytes(typing, x, Y, iy, cols):
     """Y[iy : iy + 4 L] = the bytes of x, one vector; only `cols` of them unless a constant."""
     _int32("store_bytes", x)
@@ -160,15 +159,15 @@ def store_bytes(typing, x, Y, iy, cols):
         else:
             code.builder.store(y, code.builder.bitcast(pointer, kind.as_pointer()), align=1)
 
-    return _primitive(types.void, (x, Y, _N, _N if part else cols), emit)
+    return primitive(types.void, (x, Y, OFFSET, OFFSET if part else cols), emit)
 
 
-@_intrinsic
+@tile_intrinsic
 def load_rows(typing, mr, nr, X, ix, ld, index, at):
     """x[i, j] = X[ix + index[at + i] ld + j L : + L]: rows chosen by an int64 array."""
-    _array("load_rows", X, types.int32)
-    _array("load_rows", index, types.int64)
-    tile = _new(mr, nr, X)
+    check_array("load_rows", X, types.int32)
+    check_array("load_rows", index, types.int64)
+    tile = new_tile(mr, nr, X)
 
     def emit(code, mr, nr, X, ix, ld, index, at):
         b, rows = code.builder, []
@@ -181,42 +180,42 @@ def load_rows(typing, mr, nr, X, ix, ld, index, at):
             )  # fmt: skip
         return rows
 
-    return _primitive(tile, (mr, nr, X, _N, _N, index, _N), emit)
+    return primitive(tile, (mr, nr, X, OFFSET, OFFSET, index, OFFSET), emit)
 
 
-@_intrinsic
+@tile_intrinsic
 def zeros(typing, mr, nr):
     """x[i, j] = 0, int32."""
     tile = _byte_tile(mr, nr)
     rows = [[ir.Constant(tile.vector, None)] * tile.nr for _ in range(tile.mr)]
-    return _primitive(tile, (mr, nr), lambda code, *_: rows)
+    return primitive(tile, (mr, nr), lambda code, *_: rows)
 
 
-@_intrinsic
+@tile_intrinsic
 def of_float(typing, value):
     """One vector of float32, all of them `value`."""
     tile = Tile(1, 1, types.float32, LANES)
-    return _primitive(tile, (types.float32,), lambda code, v: [[code.splat(v, LANES)]])
+    return primitive(tile, (types.float32,), lambda code, v: [[code.splat(v, LANES)]])
 
 
-@_intrinsic
+@tile_intrinsic
 def of_int(typing, value):
     """One vector of int32, all of them `value`."""
     tile = Tile(1, 1, types.int32, LANES)
-    return _primitive(tile, (types.int32,), lambda code, v: [[code.splat(v, LANES)]])
+    return primitive(tile, (types.int32,), lambda code, v: [[code.splat(v, LANES)]])
 
 
 # --- arithmetic -----------------------------------------------------------------------------------
 
 
-@_intrinsic
+@tile_intrinsic
 def bit_and(typing, x, y):
     """x & y."""
     _int32("bit_and", x, y)
     return _elementwise("bit_and", lambda code, p, q: code.builder.and_(p, q), x, y)
 
 
-@_intrinsic
+@tile_intrinsic
 def div(typing, x, y):
     """x / y of floating-point tiles."""
     return _elementwise("div", lambda code, p, q: code.builder.fdiv(p, q), x, y)
@@ -224,8 +223,8 @@ def div(typing, x, y):
 
 def _dot4(name: str, acc: Any, A: Any, B: Any, lo: Any = None, hi: Any = None) -> Any:
     _int32(name, acc)
-    _array(name, A, types.uint8)
-    _array(name, B, types.int8)
+    check_array(name, A, types.uint8)
+    check_array(name, B, types.int8)
     vec, L = acc.vector, acc.lanes
     bytes_ = _byte_vector(4 * L)
 
@@ -240,10 +239,10 @@ def _dot4(name: str, acc: Any, A: Any, B: Any, lo: Any = None, hi: Any = None) -
         a = code.splat(code.builder.load(pointer, align=1), L)
         return [code.dot4(x[i][j], a, b[j]) for j in range(acc.nr)]
 
-    return _update(acc, (acc, A, _N, _N, B, _N), vectors, row, lo, hi)
+    return _update(acc, (acc, A, OFFSET, OFFSET, B, OFFSET), vectors, row, lo, hi)
 
 
-@_intrinsic
+@tile_intrinsic
 def dot4(typing, acc, A, ia, lda, B, ib):
     """acc[i, j, l] += sum_{t<4} A[ia + i lda + t] B[ib + 4 (j L + l) + t]; A uint8, B int8, exact.
 
@@ -252,13 +251,13 @@ def dot4(typing, acc, A, ia, lda, B, ib):
     return _dot4("dot4", acc, A, B)
 
 
-@_intrinsic
+@tile_intrinsic
 def dot4_rows(typing, acc, A, ia, lda, B, ib, lo, hi):
     """As `dot4`, in rows lo <= i < hi only. A is not read for others; constants save branches."""
     return _dot4("dot4_rows", acc, A, B, lo, hi)
 
 
-@_intrinsic
+@tile_intrinsic
 def slide_bytes(typing, acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, cols):
     """acc[o] += sum_{k, r < rows} w[k].r x[o step + k].r of columns lo <= c < hi only.
 
@@ -267,7 +266,7 @@ def slide_bytes(typing, acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, cols)
     unless that is a constant; constant lo and hi save the branches.
     """
     _int32("slide_bytes", acc, w)
-    _array("slide_bytes", X, types.uint8)
+    check_array("slide_bytes", X, types.uint8)
     S, R, static = constant(step), constant(rows), static_bounds(lo, hi)
     part = not isinstance(cols, types.IntegerLiteral)
     L, vec = acc.lanes, acc.vector
@@ -295,8 +294,8 @@ def slide_bytes(typing, acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, cols)
 
         return _columns(code, acc, (len(acc) - 1) * S + len(w), (lo, hi), static, column)
 
-    kinds = (acc, w, step, rows, X, *[_N] * 5, *_bounds(lo, hi), _N if part else cols)
-    return _primitive(acc, kinds, emit)
+    kinds = (acc, w, step, rows, X, *[OFFSET] * 5, *bound_types(lo, hi), OFFSET if part else cols)
+    return primitive(acc, kinds, emit)
 
 
 # --- storing --------------------------------------------------------------------------------------
@@ -309,8 +308,8 @@ def _clamped(code: Any, x: Any, low: Any, high: Any) -> Any:
 
 
 def _store_scaled(name: str, x: Any, scale: Any, Y: Any, part: Any) -> Any:
-    _tile(name, x, scale)
-    _array(name, Y, types.uint8, types.float32)
+    check_tile(name, x, scale)
+    check_array(name, Y, types.uint8, types.float32)
     fits = (scale.lanes, scale.mr) == (x.lanes, 1) and scale.nr in (1, x.nr)
     if not fits or scale.dtype != types.float32 or x.dtype not in (types.int32, types.float32):
         raise TypingError(f"simd_int.{name}: {x} and scale {scale} do not fit")
@@ -320,7 +319,7 @@ def _store_scaled(name: str, x: Any, scale: Any, Y: Any, part: Any) -> Any:
         b, real = code.builder, ir.VectorType(ir.FloatType(), L)
         low, high = code.splat(low, L), code.splat(high, L)
         if to_bytes:
-            zero = code.splat(b.sub(zero, I32(_ROUND_BITS)), L)
+            zero = code.splat(b.trunc(zero, I8), L)
 
         def result(v, j):
             v = b.sitofp(v, real) if integer else v
@@ -328,7 +327,7 @@ def _store_scaled(name: str, x: Any, scale: Any, Y: Any, part: Any) -> Any:
             if not to_bytes:
                 return v
             v = b.fadd(v, ir.Constant(real, [_ROUND] * L))
-            return b.trunc(b.add(b.bitcast(v, ir.VectorType(I32, L)), zero), _byte_vector(L))
+            return b.add(b.trunc(b.bitcast(v, ir.VectorType(I32, L)), _byte_vector(L)), zero)
 
         masks = code.masks(limits[2], len(x[0]), L) if limits else None
 
@@ -350,11 +349,11 @@ def _store_scaled(name: str, x: Any, scale: Any, Y: Any, part: Any) -> Any:
                 row(i)
 
     real = types.float32
-    kinds = (x, scale, real, real, types.int32, Y, _N, _N)
-    return _primitive(types.void, (*kinds, *_bounds(*part), _N) if part else kinds, emit)
+    kinds = (x, scale, real, real, types.int32, Y, OFFSET, OFFSET)
+    return primitive(types.void, (*kinds, *bound_types(*part), OFFSET) if part else kinds, emit)
 
 
-@_intrinsic
+@tile_intrinsic
 def store_scaled(typing, x, scale, low, high, zero, Y, iy, ld):
     """Y[iy + i ld + j L : + L] = min(max(x[i, j] scale[0, j], low), high), as Y's dtype.
 
@@ -365,7 +364,7 @@ def store_scaled(typing, x, scale, low, high, zero, Y, iy, ld):
     return _store_scaled("store_scaled", x, scale, Y, ())
 
 
-@_intrinsic
+@tile_intrinsic
 def store_scaled_part(typing, x, scale, low, high, zero, Y, iy, ld, lo, hi, cols):
     """As `store_scaled`, in rows lo <= i < hi and the first `cols` elements of each row.
 
