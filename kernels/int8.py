@@ -249,7 +249,7 @@ def quantize(
     The division is one of float32 numbers, rounding is to even: QuantizeLinear of ONNX.
     """
     check_zero("quantize", zero)
-    check_scale("quantize", np.float32(scale))
+    check_scale("quantize", float(np.float32(scale)))
     x = operand("quantize", x, np.float32)
     y = result("quantize", x.shape, np.uint8, out)
     low, high = np.float32(-zero), np.float32(255 - zero)
@@ -263,7 +263,7 @@ def dequantize(
 ) -> np.ndarray:
     """(x - zero) scale of x uint8, as float32."""
     check_zero("dequantize", zero)
-    check_scale("dequantize", np.float32(scale))
+    check_scale("dequantize", float(np.float32(scale)))
     x = operand("dequantize", x)
     y = result("dequantize", x.shape, np.float32, out)
     numbers = (np.float32(scale), np.int32(zero))

@@ -199,7 +199,8 @@ def pack_linear(w: np.ndarray, bias: np.ndarray | None, x_zero: int, scaling: Sc
     taps, added = checked_sums("pack_linear", w[None], bias, x_zero)
     base = widened((added - x_zero * taps[0]).astype(np.int32), np.int32)  # may wrap around
     scale = multipliers("pack_linear", scaling, w.shape[1])
-    return Linear(*w.shape, pack(w[None], len(w) > 4), base, scale, scaling)
+    panels = pack(w[None], len(w) > 4)
+    return Linear(w.shape[0], w.shape[1], panels, base, scale, scaling)
 
 
 def linear(x: np.ndarray, layer: Linear, *, out: np.ndarray | None = None) -> np.ndarray:

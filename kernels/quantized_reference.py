@@ -20,7 +20,7 @@ def _indices(shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
     return itertools.product(*(range(n) for n in shape))
 
 
-def scaled(total: float, multiplier: Any, low: Any, high: Any, zero: int, dtype: Any) -> Any:
+def scaled(total: Any, multiplier: Any, low: Any, high: Any, zero: Any, dtype: Any) -> Any:
     """The result of one sum: min(max(float32(total) multiplier, low), high), as dtype."""
     with np.errstate(over="ignore"):
         value = np.float32(total) * np.float32(multiplier)
