@@ -27,7 +27,6 @@ from kernels._primitive import (
     primitive,
     tile_intrinsic,
 )
-from kernels._slide import _columns
 from kernels.simd import _elementwise, _update
 
 #: 1.5 * 2^23. Added to |x| <= 2^22 it leaves no room for a fraction: the sum is x rounded to the
@@ -257,6 +256,29 @@ def dot4_rows(typing, acc, A, ia, lda, B, ib, lo, hi):
     return _dot4("dot4_rows", acc, A, B, lo, hi)
 
 
+def _columns(code: Any, x: Any, count: int, bounds: Any, static: Any, column: Any) -> Any:
+    """Apply column(c, x), which gives new vectors by row, for each c < count within the bounds."""
+    x, b = [row[0] for row in x], code.builder
+    for c in range(count):
+        if static:
+            if static[0] <= c < static[1]:
+                for i, v in column(c, x).items():
+                    x[i] = v
+            continue
+        inside = b.and_(
+            b.icmp_signed("<=", bounds[0], I64(c)), b.icmp_signed("<", I64(c), bounds[1])
+        )
+        before = b.block
+        with b.if_then(inside):
+            new, end = column(c, x), b.block
+        for i, v in new.items():
+            phi = b.phi(v.type)
+            phi.add_incoming(x[i], before)
+            phi.add_incoming(v, end)
+            x[i] = phi
+    return [[v] for v in x]
+
+
 @tile_intrinsic
 def slide_bytes(typing, acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, cols):
     """acc[o] += sum_{k, r < rows} w[k].r x[o step + k].r of columns lo <= c < hi only.
@@ -290,7 +312,7 @@ def slide_bytes(typing, acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, cols)
             for r, offset in enumerate((o1, o2, o3)[: R - 1], 1):
                 shift = ir.Constant(vec, [8 * r] * L)
                 x = b.or_(x, b.shl(load(offset, c), shift))
-            return {o: code.dot4(old[o][0], x, w[k][0]) for o, k in pairs}
+            return {o: code.dot4(old[o], x, w[k][0]) for o, k in pairs}
 
         return _columns(code, acc, (len(acc) - 1) * S + len(w), (lo, hi), static, column)
 
