@@ -44,7 +44,7 @@ from kernels._jit import Variants
 from kernels.product import _aligned
 
 LARGEST = 2**31 - 1
-_CHUNK = 16 * 1024  # elements that one task covers
+_CHUNK = 4 * 1024  # elements that one task covers
 _FACTOR_BITS = 21  # of `add`: 2 * 255 * 2^21 < 2^31
 
 
@@ -54,7 +54,7 @@ class Scaling(NamedTuple):
     multiplier: np.ndarray  # (N,) float32
     low: np.float32
     high: np.float32
-    zero: np.int32
+    zero: int
     dtype: Any
 
 
@@ -65,18 +65,19 @@ def requantized(
     y_zero: int,
     *,
     relu: bool = False,
-    upper: float = math.inf,
+    top: int = 255,
 ) -> Scaling:
-    """To uint8 of this scale and zero point, through ReLU and cut at `upper` if asked.
+    """To bytes 0 ... `top` of this scale and zero point, through ReLU if asked.
 
     w_scale (N,) or one number. Raises ValueError for scales that are not positive and finite
-    (w_scale may be 0), or a zero point outside 0 ... 255.
+    (w_scale may be 0), or a zero point outside 0 ... top.
     """
     check_zero("requantized", y_zero)
     check_scale("requantized", x_scale, y_scale)
     multiplier = np.atleast_1d(np.asarray(w_scale, np.float64)) * float(x_scale) / float(y_scale)
-    high = min(255 - y_zero, round(min(upper / y_scale, 1e6)))
-    return _scaling(multiplier, 0 if relu else -y_zero, high, y_zero, np.uint8)
+    if not y_zero <= top <= 255:
+        raise ValueError(f"requantized: expected {y_zero} <= top <= 255, got {top}")
+    return _scaling(multiplier, 0 if relu else -y_zero, top - y_zero, y_zero, np.uint8)
 
 
 def dequantized(x_scale: float, w_scale: Any, *, relu: bool = False) -> Scaling:
@@ -91,7 +92,7 @@ def _scaling(multiplier: np.ndarray, low: float, high: float, zero: int, dtype: 
         rounded = multiplier.astype(np.float32)
     if rounded.ndim != 1 or not (np.isfinite(rounded) & (rounded >= 0)).all():
         raise ValueError(f"int8: expected multipliers (N,), finite and >= 0, got {multiplier}")
-    return Scaling(rounded, np.float32(low), np.float32(high), np.int32(zero), np.dtype(dtype))
+    return Scaling(rounded, np.float32(low), np.float32(high), int(zero), np.dtype(dtype))
 
 
 # --- checks and buffers ---------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def quantize(
     x = operand("quantize", x, np.float32)
     y = result("quantize", x.shape, np.uint8, out)
     low, high = np.float32(-zero), np.float32(255 - zero)
-    numbers = (np.float32(scale), low, high, np.int32(zero))
+    numbers = (np.float32(scale), low, high, zero)
     QUANTIZE.choose(x.nbytes)(x.reshape(-1), y.reshape(-1), *numbers, 0, chunks(x.size))
     return y
 
@@ -266,7 +267,7 @@ def dequantize(
     check_scale("dequantize", float(np.float32(scale)))
     x = operand("dequantize", x)
     y = result("dequantize", x.shape, np.float32, out)
-    numbers = (np.float32(scale), np.int32(zero))
+    numbers = (np.float32(scale), zero)
     DEQUANTIZE.choose(y.nbytes)(x.reshape(-1), y.reshape(-1), *numbers, 0, chunks(x.size))
     return y
 
@@ -274,14 +275,14 @@ def dequantize(
 class Addition(NamedTuple):
     """The numbers of a sum of two arrays: what `addition` gives."""
 
-    a_zero: np.int32
-    a_factor: np.int32
-    b_zero: np.int32
-    b_factor: np.int32
+    a_zero: int
+    a_factor: int
+    b_zero: int
+    b_factor: int
     scale: np.float32
     low: np.float32
     high: np.float32
-    zero: np.int32
+    zero: int
     dtype: Any
 
 
@@ -294,24 +295,26 @@ def addition(
     y_zero: int,
     *,
     relu: bool = False,
+    top: int = 255,
 ) -> Addition:
-    """Of arrays with these scales and zero points.
+    """Of arrays with these scales and zero points, to bytes 0 ... `top`.
 
     The sum is s = (a - a_zero) a_factor + (b - b_zero) b_factor, its multiplier 2^-e, where
     a_factor = round(2^e a_scale / y_scale), b_factor likewise, the larger of them in 2^20 ... 2^21.
     """
     check_zero("addition", a_zero, b_zero, y_zero)
+    if not y_zero <= top <= 255:
+        raise ValueError(f"addition: expected {y_zero} <= top <= 255, got {top}")
     check_scale("addition", a_scale, b_scale, y_scale)
     ratios = float(a_scale) / float(y_scale), float(b_scale) / float(y_scale)
     exponent = _FACTOR_BITS - math.frexp(max(ratios))[1]
     if not -100 < exponent < 120:
         raise ValueError(f"addition: scales {a_scale}, {b_scale}, {y_scale} are too far apart")
-    factors = [np.int32(round(math.ldexp(r, exponent))) for r in ratios]
+    factors = [round(math.ldexp(r, exponent)) for r in ratios]
     way = _scaling(
-        np.array([2.0**-exponent]), 0 if relu else -y_zero, 255 - y_zero, y_zero, np.uint8
+        np.array([2.0**-exponent]), 0 if relu else -y_zero, top - y_zero, y_zero, np.uint8
     )
-    a, b = np.int32(a_zero), np.int32(b_zero)
-    return Addition(a, factors[0], b, factors[1], way.multiplier[0], *way[1:])
+    return Addition(a_zero, factors[0], b_zero, factors[1], way.multiplier[0], *way[1:])
 
 
 def add(

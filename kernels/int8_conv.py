@@ -37,7 +37,7 @@ from kernels.int8_product import Call, Linear, Panels, height, linear, pack, pac
 _BLOCK_BYTES = 384 * 1024  # of images that one panel of weights passes over
 _TASKS = 16  # wanted at least
 _MOST = 8  # rows of a tile of several vectors: above, LLVM keeps some of the sums in memory
-_SLACK = 4  # bytes after a copied image, which the last quad reads and multiplies by 0
+SLACK = 4  # bytes after a copied image, which the last quad reads and multiplies by 0
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -339,9 +339,9 @@ def conv2d(x: np.ndarray, layer: Convolution, *, out: np.ndarray | None = None) 
     y = result("conv2d", (len(x), *at.output, layer.outputs), layer.scaling.dtype, out)
     images = x.reshape(-1)
     if at.copy is not None:
-        images = memory.empty(len(x) * at.scratch + _SLACK, np.uint8)
-        images[-_SLACK:] = 0
-        PAD.choose(images.nbytes)(x.reshape(-1), images, np.uint8(layer.x_zero), at.copy, 0, len(x))
+        images = memory.empty(len(x) * at.scratch + SLACK, np.uint8)
+        images[-SLACK:] = 0
+        PAD.choose(images.nbytes)(x.reshape(-1), images, layer.x_zero, at.copy, 0, len(x))
     _, low, high, zero, _ = layer.scaling
     macs = y.size * math.prod(layer.win.kernel) * layer.inputs
     for call, columns in layer.calls(len(x), *x.shape[1:3]):

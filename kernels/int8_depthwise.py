@@ -179,6 +179,11 @@ def _place(layer: Depthwise, height: int, width: int) -> Placed:
     return Placed(output, (mr, kw, step, count, narrow), sizes, base, lines, cases)
 
 
+def parts(images: int, rows: int) -> int:
+    """Into how many tasks the rows of each image are cut."""
+    return min(rows, max(1, _TASKS // images))
+
+
 # --- public ---------------------------------------------------------------------------------------
 
 
@@ -219,7 +224,7 @@ def depthwise2d(x: np.ndarray, layer: Depthwise, *, out: np.ndarray | None = Non
         x = np.repeat(x, layer.factor, axis=3)
     at = layer.placed(*x.shape[1:3])
     y = result("depthwise2d", (len(x), *at.output, x.shape[3]), layer.scaling.dtype, out)
-    parts = min(at.output[0], max(1, _TASKS // len(x)))
+    share = parts(len(x), at.output[0])
     _, low, high, zero, _ = layer.scaling
     tile_kernel(*at.tile).choose(x.nbytes + y.nbytes)(
         x.reshape(-1),
@@ -230,10 +235,10 @@ def depthwise2d(x: np.ndarray, layer: Depthwise, *, out: np.ndarray | None = Non
         high,
         zero,
         y.reshape(-1),
-        (*at.sizes, parts),
+        (*at.sizes, share),
         at.lines,
         at.cases,
         0,
-        len(x) * parts,
+        len(x) * share,
     )
     return y

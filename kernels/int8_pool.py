@@ -95,6 +95,11 @@ def mean_kernel(nr: int) -> Variants:
     return Variants(_mean(nr))
 
 
+def vectors(channels: int) -> int:
+    """How many vectors the kernel of the mean takes at once."""
+    return 4 if channels >= 4 * simd.LANES else 1
+
+
 # --- public ---------------------------------------------------------------------------------------
 
 
@@ -152,9 +157,9 @@ def avg_pool2d(
     counts = np.maximum(np.arange(most + 1), 1)
     scale = (scaling.multiplier.astype(np.float64) / counts).astype(np.float32)
     parts = _parts(shape)
-    mean_kernel(4 if shape[3] >= 4 * simd.LANES else 1).choose(x.nbytes + y.nbytes)(
+    mean_kernel(vectors(shape[3])).choose(x.nbytes + y.nbytes)(
         x.reshape(-1),
-        np.int32(x_zero),
+        x_zero,
         scale,
         *scaling[1:4],
         y.reshape(-1),

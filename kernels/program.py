@@ -4,7 +4,7 @@ A call from Python costs a fraction of a microsecond for the kernel and more for
 it; a small network makes dozens in a hundred. Here the calls are prepared once: what would be
 decided from shapes is decided, and each call is written down as a row of 64-bit words,
 
-    length, code, kernel, argument words ...
+    length, calls of the stage, code, kernel, argument words ...
 
 `kernel` is the address of a compiled kernel and `code` that of a little function, made once for
 each signature, which reads the words and calls it. An integer or a number takes one word; an array
@@ -12,6 +12,10 @@ takes its base, the offset of its first byte from there, and its shape. Arrays t
 good (weights, tables) have base NOWHERE, whose address is 0, so that their offset is their address.
 What lies in the arena, in the input or in the output is addressed relative to these, so one program
 serves every thread and every batch.
+
+Calls that need nothing of each other form a stage. One thread makes the calls one after the other;
+several threads can share each stage of a program, and meet at its end (`run_team`). Every call is
+made by whoever claims it first: no thread waits for another that has not begun.
 
 Nothing is compiled for a network: kernels are those that are used one by one, too.
 """
@@ -43,6 +47,9 @@ ALIGNMENT = 64
 # Below this much work (see `Variants.choose`) waking the other threads costs more than they gain:
 # what runs before and after a call in a program is as short as itself.
 _PARALLEL_WORK = 4 << 20
+
+# Below this a call is made by one thread of a team: passing its operands on costs more.
+_TEAM_WORK = 8 << 10
 
 _WORD = ir.IntType(64)
 _intrinsic: Any = intrinsic(prefer_literal=True)
@@ -97,6 +104,33 @@ def _address(typing, array):
     return types.int64(array), codegen
 
 
+def _atomic(ordering: str) -> Any:
+    """Of an address and a value: what stood there, which becomes or grows by the value."""
+
+    @_intrinsic
+    def change(typing, address, value):
+        def codegen(context, builder, signature, args):
+            at = _pointer(builder, args[0], _WORD)
+            return builder.atomic_rmw(ordering, at, args[1], "acq_rel")
+
+        return types.int64(types.int64, types.int64), codegen
+
+    return change
+
+
+_exchange, _increase = _atomic("xchg"), _atomic("add")
+
+
+@_intrinsic
+def _watched(typing, address):
+    """The word at an address, which other threads change."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load_atomic(_pointer(builder, args[0], _WORD), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
 @_intrinsic
 def _call(typing, code, row, bases):
     """Run the code at an address on a row of words and the addresses of the bases."""
@@ -134,7 +168,7 @@ def _invoke(typing, row, bases, names):
     def codegen(context, builder, signature, args):
         words = _pointer(builder, args[0], _WORD)
         origins = _pointer(builder, args[1], _WORD)
-        place = 2  # after the length and this code
+        place = 3  # after the length, the stage and this code
 
         def word() -> Any:
             nonlocal place
@@ -223,22 +257,32 @@ class Program:
     """Kernel calls in the order in which they will be made.
 
     `threads`: whether kernels may use all threads, because the program will be run by itself and
-    not in one thread of several.
+    not in one thread of several. `team`: how many threads will run it together, see `run_team`.
     """
 
-    def __init__(self, threads: bool = False) -> None:
-        self.threads = threads
+    def __init__(self, threads: bool = False, team: int = 1) -> None:
+        self.threads, self.team = threads, team
         self.calls = 0
         self._words: list[int] = []
         self._kept: list[Any] = []  # what the program has the addresses of
 
-    def add(self, kernel: Variants, work: int, *args: Any) -> None:
+    def add(self, kernel: Variants, work: int, *args: Any, tasks: int = 0) -> None:
         """Append a call: `kernel` on slots, C-contiguous arrays, numbers and tuples of these.
 
-        `work`: see `Variants.choose`.
+        `work`: see `Variants.choose`. A kernel with `tasks` takes the first and the end of a range
+        of them as its last arguments: a team makes several calls of it.
 
         The arrays must stay as they are. Integers are int64, floats those of their NumPy type.
         """
+        if tasks:
+            shares = min(tasks, self.team) if work >= _TEAM_WORK else 1
+            ends = [tasks * (i + 1) // shares for i in range(shares)]
+            for i, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+                self._add(kernel, work, 0 if i else shares, (*args, first, end))
+        else:
+            self._add(kernel, work, 1, args)
+
+    def _add(self, kernel: Variants, work: int, stage: int, args: Sequence[Any]) -> None:
         many = self.threads and work >= _PARALLEL_WORK
         dispatcher = kernel.parallel if many else kernel.serial
         names, words = [], []
@@ -248,7 +292,7 @@ class Program:
             words += values
         signature = " ".join(names)
         code, entry = _code_entry(signature), _kernel_entry(dispatcher, signature)
-        self._words += [3 + len(words), code, entry, *words]
+        self._words += [4 + len(words), stage, code, entry, *words]
         self.calls += 1
 
     def _argument(self, arg: Any) -> tuple[str, list[int]]:
@@ -286,8 +330,32 @@ class Program:
 def _execute(at, count, bases):
     # The `count` calls whose rows lie at address `at` one after the other.
     for _ in range(count):
-        _call(_word(at, 1), at, bases)
+        _call(_word(at, 2), at, bases)
         at += 8 * _word(at, 0)
+
+
+@jit
+def _execute_shared(at, count, bases, marks, worker, workers):
+    # As above, together with others that run the same. marks (2 count,), zeros at first: whether
+    # somebody has claimed a call; at the first call of a stage behind these, how many are done.
+    call = 0
+    while call < count:
+        stage = _word(at, 1)
+        done = marks + 8 * (count + call)
+        mine = worker * stage // workers  # the same share of each stage: it lies in this cache
+        for i in range(stage):
+            chosen = (mine + i) % stage
+            if _exchange(marks + 8 * (call + chosen), 1) == 0:
+                row = at
+                for _ in range(chosen):
+                    row += 8 * _word(row, 0)
+                _call(_word(row, 2), row, bases)
+                _increase(done, 1)
+        for _ in range(stage):
+            at += 8 * _word(at, 0)
+        while _watched(done) < stage:
+            pass
+        call += stage
 
 
 def _run_loop(chunks, x_bytes, y_bytes, X, Y, arenas, bases):
@@ -304,7 +372,21 @@ def _run_loop(chunks, x_bytes, y_bytes, X, Y, arenas, bases):
             _execute(words + 8, _word(words, 0), _address(bases) + w * 8 * bases.shape[1])
 
 
+def _team_loop(words, marks, X, Y, arena, bases):
+    # One program for all images of X; bases (threads, 8), marks as above
+    workers = bases.shape[0]
+    marks[:] = 0
+    for w in prange(workers):
+        bases[w, NOWHERE] = 0
+        bases[w, ARENA] = _address(arena)
+        bases[w, INPUT] = _address(X)
+        bases[w, OUTPUT] = _address(Y)
+        at = _address(bases) + w * 8 * bases.shape[1]
+        _execute_shared(_address(words) + 8, words[0], at, _address(marks), w, workers)
+
+
 _run = Variants(_run_loop)
+_team = Variants(_team_loop)
 
 
 def aligned(workers: int, nbytes: int) -> np.ndarray:
@@ -331,6 +413,21 @@ def run(
     """
     kernel = _run.parallel if len(arenas) > 1 else _run.serial
     kernel(chunks, images[0], images[1], x, y, arenas, bases)
+
+
+def run_team(
+    words: np.ndarray,
+    marks: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    arena: np.ndarray,
+    bases: np.ndarray,
+) -> None:
+    """Run a program for all images by as many threads together as `bases` has rows.
+
+    arena: a row of `aligned`; bases (threads, 8) int64, marks (twice the calls,) int64: scratch.
+    """
+    _team.parallel(words, marks, x, y, arena, bases)
 
 
 def execute(words: np.ndarray, at: int, count: int, bases: np.ndarray) -> None:

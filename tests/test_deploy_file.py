@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import tinynn as tn
 from tinynn import nn, storage
+from tinynn.compress import quantize
 from tinynn.deploy import file
 from tinynn.errors import FileFormatError
 from tinynn.models import thesis
@@ -31,6 +33,20 @@ def small_plan() -> tn.Plan:
         nn.Softmax(),
     )
     return tn.compile(model, np.ones((1, *SHAPE), np.float32))
+
+
+def byte_plan() -> tn.Plan:
+    """All kinds of layers in 8 bits."""
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, rng=rng),
+        nn.SeparableResidualBlock(8, 16, stride=2, rng=rng),
+        nn.MaxPool2d(2),
+        nn.GlobalAvgPool2d(),
+        nn.Linear(16, 4, rng=rng),
+        nn.Tanh(),
+    )
+    return tn.compile(quantize.int8(model, [images(4)]), images(1))
 
 
 def images(batch: int) -> np.ndarray:
@@ -86,15 +102,15 @@ def test_a_model_is_no_plan(tmp_path: Path) -> None:
         tn.Plan.load(path)
 
 
-def parts() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    arrays, metadata = file.to_file(small_plan().network)
-    return arrays, json.loads(metadata["plan"])
+def parts(plan: tn.Plan) -> tuple[bytes, dict[str, Any]]:
+    text, data = file.describe(plan.network)
+    return data, json.loads(text)
 
 
-def load(arrays: dict[str, np.ndarray], plan: Any, path: Path) -> tn.Plan:
+def load(data: bytes, plan: Any, path: Path) -> tn.Plan:
     """A file with a right hash and whatever content."""
     text = plan if isinstance(plan, str) else json.dumps(plan)
-    storage.write_tensors(path, arrays, {"format": "tinynn plan 1", "plan": text})
+    storage.write_tensors(path, file.wrapped(text, data), {"format": "tinynn plan 2"})
     return tn.Plan.load(path)
 
 
@@ -119,19 +135,20 @@ HOSTILE = st.one_of(
     st.lists(st.integers(-1, 20), max_size=4),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
-ARRAYS, PLAN = parts()
-PATHS = paths_in(PLAN)
+PARTS = [parts(small_plan()), parts(byte_plan())]
+PLACES = [(which, way) for which, (_, plan) in enumerate(PARTS) for way in paths_in(plan)]
+DATA, PLAN = PARTS[0]
 
 
 @settings(
     max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(place=st.integers(0, len(PATHS) - 1), value=HOSTILE, remove=st.booleans())
+@given(place=st.sampled_from(PLACES), value=HOSTILE, remove=st.booleans())
 def test_a_hostile_description_is_refused_or_harmless(
-    place: int, value: Any, remove: bool, tmp_path: Path
+    place: Any, value: Any, remove: bool, tmp_path: Path
 ) -> None:
-    plan = json.loads(json.dumps(PLAN))
-    way = PATHS[place]
+    which, way = place
+    data, plan = PARTS[which][0], json.loads(json.dumps(PARTS[which][1]))
     if not way:
         plan = value
     else:
@@ -143,7 +160,7 @@ def test_a_hostile_description_is_refused_or_harmless(
         else:
             inner[way[-1]] = value
     try:
-        loaded = load(ARRAYS, plan, tmp_path / "net.plan")
+        loaded = load(data, plan, tmp_path / "net.plan")
     except FileFormatError:
         return
     # What is let through is a network: it runs, within its own memory.
@@ -158,13 +175,22 @@ def test_what_would_write_outside_its_memory_is_refused(tmp_path: Path) -> None:
         plan = json.loads(json.dumps(PLAN))
         plan["layers"][onto]["inputs"][1] = target
         with pytest.raises(FileFormatError):
-            load(ARRAYS, plan, path)
+            load(DATA, plan, path)
     for text in ("", "{", "[" * 100_000, "null", '{"layers": []}'):
         with pytest.raises(FileFormatError):
-            load(ARRAYS, text, path)
-    for wrong in (np.float64, np.int64):
-        arrays = {k: a.astype(wrong) for k, a in ARRAYS.items()}
+            load(DATA, text, path)
+    for wrong in (DATA[:-1], b""):
         with pytest.raises(FileFormatError):
-            load(arrays, PLAN, path)
-    with pytest.raises(FileFormatError):
-        load({k: a[:-1] for k, a in ARRAYS.items()}, PLAN, path)
+            load(wrong, PLAN, path)
+    whole = file.wrapped(json.dumps(PLAN), DATA)
+    bomb = np.frombuffer(zlib.compress(bytes(1 << 27)), np.uint8)
+    for change in (
+        {"plan": whole["plan"][:-1]},
+        {"plan": bomb},
+        {"plan": whole["data"]},
+        {"data": whole["data"].astype(np.float64)},
+        {"more": whole["data"]},
+    ):
+        storage.write_tensors(path, {**whole, **change}, {"format": "tinynn plan 2"})
+        with pytest.raises(FileFormatError):
+            tn.Plan.load(path)

@@ -85,23 +85,38 @@ def layer(module: Quantized, x_scale: float | None = None) -> Integers:
     if not isinstance(quantizer, Quantizer):
         raise ConfigError(f"integers.layer: {type(inner).__name__} has no integer weights")
     weight, bias = inner.weight.data, inner.bias  # type: ignore[attr-defined]
-    scale, low, high = np.asarray(quantizer.scale), quantizer.low, quantizer.high
-    n = np.clip(np.rint(weight / scale), low, high).astype(np.int8)
-    outputs = bias.size if bias is not None else _outputs(weight, low)
-    scales = np.broadcast_to(scale.reshape(-1), outputs).astype(np.float32)
+    outputs = bias.size if bias is not None else _outputs(weight, quantizer.low)
+    grid = np.asarray(quantizer.scale), quantizer.low, quantizer.high
+    n, scales = rounded(weight, *grid, outputs)
     if bias is None or x_scale is None:
         return Integers(n, scales, None)
-    whole = np.rint(bias.data.astype(np.float64) / (scales.astype(np.float64) * float(x_scale)))
-    if np.abs(whole).max() > _LARGEST:
-        raise OverflowError(
-            f"integers.layer: a bias of {type(inner).__name__} is {np.abs(whole).max():.3g} steps "
-            f"of its sum; expected at most {_LARGEST}"
-        )
-    return Integers(n, scales, whole.astype(np.int32))
+    return Integers(n, scales, bias_steps(bias.data, x_scale, scales, type(inner).__name__))
 
 
 def _outputs(weight: Array, low: Array) -> int:
     return low.size if low.size > 1 else weight.shape[-1]
+
+
+def rounded(
+    weight: Array, scale: Array, low: Array, high: Array, outputs: int
+) -> tuple[Array, Array]:
+    """The integers of weights on these grids, int8, and a scale for each output, (N,) float32."""
+    n = np.clip(np.rint(weight / scale), low, high).astype(np.int8)
+    return n, np.broadcast_to(scale.reshape(-1), outputs).astype(np.float32)
+
+
+def bias_steps(bias: Array, x_scale: float, scales: Array, what: str) -> Array:
+    """Biases (N,) in units of x_scale scales[n], rounded, int32.
+
+    Raises OverflowError, which names `what`, for one beyond int32.
+    """
+    whole = np.rint(bias.astype(np.float64) / (scales.astype(np.float64) * float(x_scale)))
+    if np.abs(whole).max() > _LARGEST:
+        raise OverflowError(
+            f"integers.layer: a bias of {what} is {np.abs(whole).max():.3g} steps of its sum; "
+            f"expected at most {_LARGEST}"
+        )
+    return whole.astype(np.int32)
 
 
 def tensors(model: Module) -> dict[str, Array]:

@@ -51,7 +51,7 @@ def _forced(layer: Layer, name: str) -> Layer:
     """The layer with this kernel if that can run it, else as it is."""
     if name not in KERNELS:
         raise ConfigError(f"compile: required a kernel of {sorted(KERNELS)}; came {name!r}")
-    if name == "float16" and "weight" in layer.arrays:
+    if name == "float16" and "weight" in layer.arrays and not layer.step.dtypes:
         arrays = {**layer.arrays, "weight": rounded(layer.arrays["weight"])}
         layer = replace(layer, arrays=arrays)
     return replace(layer, kernel=name) if KERNELS[name].applies(layer) else layer
@@ -77,7 +77,7 @@ def _seconds(network: Network, layer: Layer, images: int) -> float:
     kernel, program, end = KERNELS[layer.kernel], Program(), 0
     slots = []
     for v in (*layer.inputs, layer.output):
-        slots.append(Slot(ARENA, end, (images, *network.shapes[v])))
+        slots.append(Slot(ARENA, end, (images, *network.shapes[v]), network.dtypes[v]))
         end += -(-slots[-1].nbytes // programs.ALIGNMENT) * programs.ALIGNMENT
     site = Site(program, Packed(), layer.arrays, slots[:-1], slots[-1], None)
     size = kernel.scratch(layer, site)

@@ -2,6 +2,8 @@
 
     float32   the numbers themselves
     float16   where each is one of that format's
+    bfloat16  likewise
+    integers  int8 or int32, each less the smallest of them, in as few bits as the largest takes
     coded     numbers of entries in a book of at most 256 (Han, Mao & Dally 2016, section 3)
     gaps      the numbers that are not 0, in one of the other forms, and how many zeros lie between
               them, b bits each; 2**b - 1 stands for so many zeros and no number (ibid., section 2)
@@ -29,11 +31,17 @@ Form = tuple[dict[str, Any], dict[str, Array]]
 
 
 def encode(array: Array) -> Form:
-    """The smallest form of a float32 array."""
-    forms = [_plain(array)]
+    """The smallest form of an array of float32, int8 or int32."""
+    tried: list[Form | None] = []
+    if array.dtype != np.float32:
+        forms = [_integers(array)]
+    else:
+        forms = [_plain(array)]
+        if array.size >= _LEAST:
+            tried += [_half(array), _upper(array), _coded(array)]
     if array.size >= _LEAST:
-        forms += [f for f in (_half(array), _coded(array), _gaps(array)) if f is not None]
-    return min(forms, key=form_bytes)
+        tried.append(_gaps(array))
+    return min((*forms, *(f for f in tried if f is not None)), key=form_bytes)
 
 
 def form_bytes(form: Form) -> int:
@@ -42,9 +50,10 @@ def form_bytes(form: Form) -> int:
 
 
 def decode(head: Any, arrays: Mapping[str, Array]) -> Array:
-    """The float32 array that `encode` described by `head` and `arrays`."""
+    """The array that `encode` described by `head` and `arrays`."""
     kinds: dict[str, Any] = {
-        "float32": _from_plain, "float16": _from_half, "coded": _from_coded, "gaps": _from_gaps,
+        "float32": _from_plain, "float16": _from_half, "bfloat16": _from_upper,
+        "integers": _from_integers, "coded": _from_coded, "gaps": _from_gaps,
     }  # fmt: skip
     kind = head.get("form") if isinstance(head, dict) else None
     if not isinstance(kind, str) or kind not in kinds:
@@ -64,6 +73,25 @@ def _half(array: Array) -> Form | None:
     return {"form": "float16", "shape": list(array.shape)}, {"values": values}
 
 
+def _upper(array: Array) -> Form | None:
+    bits = _bits(array.reshape(-1))
+    if np.any(bits & 0xFFFF):
+        return None
+    values = (bits >> 16).astype(np.uint16)
+    return {"form": "bfloat16", "shape": list(array.shape)}, {"values": values}
+
+
+def _integers(array: Array) -> Form:
+    flat = array.reshape(-1).astype(np.int64)
+    low = int(flat.min(initial=0))
+    bits = max(1, int(flat.max(initial=0) - low).bit_length())
+    head = {
+        "form": "integers", "shape": list(array.shape), "dtype": array.dtype.name, "bits": bits,
+        "low": low,
+    }  # fmt: skip
+    return head, {"codes": _pack((flat - low).astype(np.uint32), bits)}
+
+
 def _coded(array: Array) -> Form | None:
     book, codes = np.unique(_bits(array.reshape(-1)), return_inverse=True)
     if len(book) > _ENTRIES:
@@ -74,7 +102,7 @@ def _coded(array: Array) -> Form | None:
 
 
 def _gaps(array: Array) -> Form | None:
-    places = np.flatnonzero(_bits(array.reshape(-1)))
+    places = np.flatnonzero(_content(array.reshape(-1)))
     if not 0 < len(places) < array.size:
         return None
     zeros = np.diff(places, prepend=-1) - 1
@@ -92,6 +120,31 @@ def _gaps(array: Array) -> Form | None:
 
 def _symbols(zeros: Array, bits: int) -> int:
     return int((zeros // ((1 << bits) - 1) + 1).sum())
+
+
+def _content(array: Array) -> Array:
+    """What is 0 where nothing need be stored."""
+    return _bits(array) if array.dtype == np.float32 else array
+
+
+def _pack(codes: Array, bits: int) -> Array:
+    """As `pack_bits`, of numbers of up to 32 bits."""
+    if bits == 8:
+        return codes.astype(np.uint8)
+    if bits < 8:
+        return pack_bits(codes, bits)
+    each = (codes.reshape(-1, 1) >> np.arange(bits, dtype=np.uint32)) & 1
+    return np.packbits(each.astype(np.uint8), bitorder="little")
+
+
+def _unpack(stream: Array, bits: int, size: int) -> Array:
+    """What `_pack` packed, int64."""
+    if bits == 8:
+        return stream.astype(np.int64)
+    if bits < 8:
+        return unpack_bits(stream, bits, size).astype(np.int64)
+    each = np.unpackbits(stream, count=size * bits, bitorder="little").reshape(size, bits)
+    return each.astype(np.int64) @ (1 << np.arange(bits))
 
 
 def _bits(array: Array) -> Array:
@@ -120,11 +173,11 @@ def _part(arrays: Mapping[str, Array], name: str, dtype: Any, size: int | None) 
     return array
 
 
-def _packed(arrays: Mapping[str, Array], name: str, bits: Any, count: Any) -> Array:
-    if type(bits) is not int or not 1 <= bits <= 8 or type(count) is not int:
-        raise FileFormatError(f"required 1 to 8 bits and a count; came {bits!r}, {count!r}")
+def _packed(arrays: Mapping[str, Array], name: str, bits: Any, count: Any, most: int = 8) -> Array:
+    if type(bits) is not int or not 1 <= bits <= most or type(count) is not int or count < 1:
+        raise FileFormatError(f"required 1 to {most} bits and a count; came {bits!r}, {count!r}")
     stream = _part(arrays, name, np.uint8, -(-count * bits // 8))
-    return unpack_bits(stream, bits, count)
+    return _unpack(stream, bits, count)
 
 
 def _from_plain(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
@@ -136,6 +189,23 @@ def _from_half(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
     shape = _shape(head)
     values = _part(arrays, "values", np.float16, math.prod(shape))
     return values.astype(np.float32).reshape(shape)
+
+
+def _from_upper(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
+    shape = _shape(head)
+    values = _part(arrays, "values", np.uint16, math.prod(shape)).astype(np.uint32)
+    return (values << 16).view(np.float32).reshape(shape)
+
+
+def _from_integers(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
+    shape, name, low = _shape(head), head.get("dtype"), head.get("low")
+    if name not in ("int8", "int32") or type(low) is not int or abs(low) > 1 << 31:
+        raise FileFormatError(f"required int8 or int32, and the lowest; came {name!r}, {low!r}")
+    codes = _packed(arrays, "codes", head.get("bits"), math.prod(shape), most=32)
+    values, ends = codes + low, np.iinfo(name)
+    if values.min() < ends.min or values.max() > ends.max:
+        raise FileFormatError(f"required numbers of {name}; came {values.min()}, {values.max()}")
+    return values.astype(name).reshape(shape)
 
 
 def _from_coded(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
@@ -161,6 +231,6 @@ def _from_gaps(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
         raise FileFormatError(f"required a number for each gap; came {len(values)}, {len(places)}")
     if places[-1] >= size:
         raise FileFormatError(f"required places below {size}; came {places[-1]}")
-    out = np.zeros(size, np.float32)
+    out = np.zeros(size, values.dtype)
     out[places] = values
     return out.reshape(shape)

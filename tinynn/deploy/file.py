@@ -1,4 +1,8 @@
-"""Plans as files: arrays, and the list of layers as JSON; read without trust."""
+"""Plans as files: the list of layers as JSON, compressed, and all arrays one after the other.
+
+Read without trust. A file holds two arrays of bytes, so that its header does not grow with the
+network: "plan", and "data", in which each part of an array has its place, [dtype, offset, count].
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import dataclasses
 import json
 import math
 import typing
+import zlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -14,25 +19,42 @@ import numpy as np
 from tinynn.deploy.encode import decode, encode
 from tinynn.deploy.kernels import KERNELS
 from tinynn.deploy.layout import Network, network
-from tinynn.deploy.steps import LARGEST, Layer, Step
+from tinynn.deploy.steps import FLOAT, LARGEST, Layer, Step
 from tinynn.errors import FileFormatError, ShapeError
 from tinynn.op import Array, Shape
 from tinynn.storage import parse_json
 
-_FORMAT = "tinynn plan 1"
+_FORMAT = "tinynn plan 2"
 _MOST_LAYERS = 10_000
+_MOST_TEXT = 1 << 26
+_DTYPES = ("float32", "float16", "uint8", "uint16")
+
+Stored = dict[str, Array]
 
 
-def to_file(net: Network) -> tuple[dict[str, Array], dict[str, str]]:
-    """Arrays by name, each different one once, and the metadata."""
-    arrays: dict[str, Array] = {}
-    names: dict[tuple[Any, ...], str] = {}
+def to_file(net: Network) -> tuple[Stored, dict[str, str]]:
+    """The arrays and the metadata of the file that `storage.write_tensors` is to write."""
+    text, data = describe(net)
+    return wrapped(text, data), {"format": _FORMAT}
 
-    def store(array: Array) -> str:
-        content = array.dtype.str, array.shape, array.tobytes()
-        name = names.setdefault(content, str(len(names)))
-        arrays[name] = array
-        return name
+
+def wrapped(text: str, data: bytes) -> Stored:
+    """The arrays of a file with this description and these bytes."""
+    packed = zlib.compress(text.encode(), 9)
+    return {"plan": np.frombuffer(packed, np.uint8), "data": np.frombuffer(data, np.uint8)}
+
+
+def describe(net: Network) -> tuple[str, bytes]:
+    """The network as JSON, and the bytes of its arrays, each different one once."""
+    data = bytearray()
+    places: dict[tuple[str, bytes], list[Any]] = {}
+
+    def store(array: Array) -> list[Any]:
+        content = array.dtype.name, array.tobytes()
+        if content not in places:
+            places[content] = [array.dtype.name, len(data), array.size]
+            data.extend(content[1])
+        return places[content]
 
     layers = []
     for layer in net.layers:
@@ -52,8 +74,7 @@ def to_file(net: Network) -> tuple[dict[str, Array], dict[str, str]]:
             }
         )
     plan = {"shapes": net.shapes, "layers": layers, "output": net.output}
-    text = json.dumps(plan, separators=(",", ":"))
-    return arrays, {"format": _FORMAT, "plan": text}
+    return json.dumps(plan, separators=(",", ":")), bytes(data)
 
 
 def from_file(arrays: Mapping[str, Array], metadata: Mapping[str, str], what: str) -> Network:
@@ -63,17 +84,34 @@ def from_file(arrays: Mapping[str, Array], metadata: Mapping[str, str], what: st
     """
     if metadata.get("format") != _FORMAT:
         raise FileFormatError(f"{what}: required a plan ({_FORMAT!r}); came {metadata.keys()}")
-    reader = _Reader(arrays, what)
+    streams = [arrays.get(name) for name in ("plan", "data")]
+    if len(arrays) != 2 or any(a is None or a.dtype != np.uint8 or a.ndim != 1 for a in streams):
+        raise FileFormatError(f"{what}: required bytes plan and data; came {list(arrays)}")
+    text, data = (a.tobytes() for a in streams if a is not None)
     try:
-        return reader.network(parse_json(metadata.get("plan", ""), what))
+        plan = parse_json(_unpacked(text, what), what)
+        return _Reader(data, what).network(plan)
     except (ShapeError, RecursionError) as error:
         raise FileFormatError(f"{what}: {error}") from error
 
 
+def _unpacked(content: bytes, what: str) -> str:
+    """The text that was compressed. What would grow without bounds is refused."""
+    unpacker = zlib.decompressobj()
+    try:
+        text = unpacker.decompress(content, _MOST_TEXT)
+        if unpacker.eof and not unpacker.unused_data:
+            return text.decode()
+    except (zlib.error, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{what}: its description cannot be read: {error}") from error
+    raise FileFormatError(f"{what}: required a description of at most {_MOST_TEXT} bytes")
+
+
 class _Reader:
-    def __init__(self, arrays: Mapping[str, Array], what: str) -> None:
-        self._arrays, self._what = arrays, what
+    def __init__(self, data: bytes, what: str) -> None:
+        self._data, self._what = data, what
         self._shapes: dict[int, Shape] = {}
+        self._dtypes: dict[int, Any] = {0: FLOAT}
 
     def fail(self, required: str, came: Any) -> NoReturn:
         raise FileFormatError(f"{self._what}: required {required}; came {str(came)[:80]}")
@@ -122,6 +160,7 @@ class _Reader:
         if not isinstance(path, str) or not isinstance(kernel, str) or kernel not in KERNELS:
             self.fail(f"a path and a kernel of {sorted(KERNELS)}", (path, kernel))
         own = self.own_arrays(step, arrays)
+        self._dtypes[output] = step.dtype([self._dtypes[i] for i in inputs])
         shape = step.result([self._shapes[i] for i in inputs], own)
         if shape != claimed[output]:
             self.fail(f"the result {shape} of {kind}", claimed[output])
@@ -136,16 +175,27 @@ class _Reader:
             set(step.weights) <= names.keys() <= {*step.weights, *step.optional}
         ):
             self.fail(f"arrays {step.weights} of {step.kind}", names)
-        return {key: self.array(head) for key, head in names.items()}
+        found = {key: self.array(head) for key, head in names.items()}
+        for key, array in found.items():
+            if array.dtype != step.dtypes.get(key, FLOAT):
+                self.fail(f"{key} of {step.dtypes.get(key, FLOAT)}", array.dtype)
+        return found
 
     def array(self, head: Any) -> Array:
         parts = head.get("parts") if isinstance(head, dict) else None
-        if not isinstance(parts, dict) or not all(isinstance(n, str) for n in parts.values()):
-            self.fail("the names of an array's parts", head)
-        if not self._arrays.keys() >= set(parts.values()):
-            self.fail("names of arrays in the file", parts)
-        found = {part: self._arrays[name] for part, name in parts.items()}
+        if not isinstance(parts, dict):
+            self.fail("the places of an array's parts", head)
+        found = {part: self.part(place) for part, place in parts.items()}
         return np.array(decode(head, found), order="C")
+
+    def part(self, place: Any) -> Array:
+        fits = isinstance(place, list) and len(place) == 3 and place[0] in _DTYPES
+        if not fits or not all(type(n) is int and n >= 0 for n in place[1:]):
+            self.fail(f"a place [dtype of {_DTYPES}, offset, count]", place)
+        dtype, start, count = place
+        if start + count * np.dtype(dtype).itemsize > len(self._data):
+            self.fail(f"a place within {len(self._data)} bytes", place)
+        return np.frombuffer(self._data, dtype, count, start) if count else np.empty(0, dtype)
 
     def step(self, kind: type[Step], attributes: Any) -> Step:
         hints = typing.get_type_hints(kind)

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from kernels.prepack import Packed
 from kernels.program import ALIGNMENT, ARENA, INPUT, OUTPUT, Program, Slot
 from tinynn.deploy.kernels import KERNELS
-from tinynn.deploy.steps import Concat, Layer, Pad, Reshape, Site
+from tinynn.deploy.steps import BYTE, FLOAT, Concat, Layer, Pad, Reshape, Site
 from tinynn.errors import ShapeError
 from tinynn.op import Shape
 
@@ -23,6 +25,19 @@ class Network:
     shapes: tuple[Shape, ...]
     layers: tuple[Layer, ...]
     output: int
+
+    @cached_property
+    def dtypes(self) -> tuple[Any, ...]:
+        """What each value consists of. Raises ShapeError where a layer cannot read its operands."""
+        found: list[Any] = [FLOAT] * len(self.shapes)
+        for layer in self.layers:
+            found[layer.output] = layer.step.dtype([found[i] for i in layer.inputs])
+        return tuple(found)
+
+    @cached_property
+    def shared(self) -> bool:
+        """Whether threads share each layer among them; else kernels use threads of their own."""
+        return BYTE in self.dtypes
 
     def inputs(self, layer: Layer) -> list[Shape]:
         """The shapes of a layer's operands."""
@@ -64,6 +79,8 @@ class Homes:
 def network(shapes: Sequence[Shape], layers: Sequence[Layer], output: int) -> Network:
     """The network, with a copy at its end if nothing would compute its output otherwise."""
     whole = Network(tuple(shapes), tuple(layers), output)
+    if whole.dtypes[output] != FLOAT:
+        raise ShapeError(f"required a result of {FLOAT}; came {whole.dtypes[output]}")
     for i, layer in enumerate(layers):
         _check_onto(whole, i, layer)
     if Homes(whole).home[output] != 0:
@@ -103,17 +120,19 @@ class Laid:
     program: Program  #: which keeps the tables and weights that the words have the addresses of
     places: tuple[tuple[int, int], ...]  #: of each layer: the word of its first call, and how many
     arena: int  #: bytes
+    team: int  #: threads that run it together
 
 
-def lay_out(network: Network, packed: Sequence[Packed], images: int, threads: bool) -> Laid:
-    """The program of the network for so many images; its kernels may use threads if asked."""
-    program, places = Program(threads), []
+def lay_out(network: Network, packed: Sequence[Packed], images: int, threads: int) -> Laid:
+    """The program of the network for so many images, to be run by so many threads."""
+    team = threads if network.shared else 1
+    program, places = Program(threads > 1 and team == 1, team), []
     sites, size = _sites(network, packed, images, program)
     for layer, site in zip(network.layers, sites, strict=True):
         at, calls = len(program), program.calls
         KERNELS[layer.kernel].emit(layer, site)
         places.append((at, program.calls - calls))
-    return Laid(program.words(), program, tuple(places), size)
+    return Laid(program.words(), program, tuple(places), size, team)
 
 
 def arena_bytes(network: Network, packed: Sequence[Packed], images: int) -> int:
@@ -126,7 +145,8 @@ def _sites(
 ) -> tuple[list[Site], int]:
     """Where each layer finds its operands, result and scratch; and the bytes of the arena."""
     homes = Homes(network)
-    slots = [Slot(ARENA, 0, (images, *shape)) for shape in network.shapes]
+    kinds = zip(network.shapes, network.dtypes, strict=True)
+    slots = [Slot(ARENA, 0, (images, *shape), dtype) for shape, dtype in kinds]
     origins = {0: (INPUT, 0), homes.home[network.output]: (OUTPUT, 0)}
     space, sites = _Space(), []
     for i, layer in enumerate(network.layers):

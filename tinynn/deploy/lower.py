@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kernels.geometry import window
+from tinynn.deploy.quantized import IntegerLowering, refused
 from tinynn.deploy.steps import (
     Activation,
     Add,
@@ -56,8 +57,9 @@ def lower(graph: Graph) -> Sketch:
     return _Lowering(graph).run()
 
 
-class _Lowering:
+class _Lowering(IntegerLowering):
     def __init__(self, graph: Graph) -> None:
+        super().__init__(graph)
         self.graph = graph
         self.batch = graph.input.shape[0]
         self.known: dict[int, Array] = dict(graph.arrays)
@@ -66,28 +68,25 @@ class _Lowering:
 
     def run(self) -> Sketch:
         for node in self.graph.nodes:
+            if node.output.index in self.number or node.output.index in self.skipped:
+                continue  # made together with what it reads
             if all(v.index in self.known for v in node.inputs):
                 arrays = [self.known[v.index] for v in node.inputs]
                 self.known[node.output.index] = np.asarray(node.op.forward(*arrays)[0])
                 continue
             if node.output.shape[:1] != (self.batch,):
                 raise refused(node, f"a result whose first axis is the batch of {self.batch}")
+            if self.integer(node):
+                continue
             lower = _LOWER.get(node.op.name)
             if lower is None:
                 raise refused(node, f"one of the ops {', '.join(sorted(_LOWER))}")
             self.number[node.output.index] = lower(self, node)
-        out = self.graph.output.index
-        if out not in self.number:
+        out = self.graph.output
+        if out.index not in self.number:
             raise CompileError("compile: the model's result does not depend on its input")
-        self.sketch.output = self.number[out]
+        self.sketch.output = self.in_floats(out, None)
         return self.sketch
-
-    def data(self, node: Node, *positions: int) -> list[int]:
-        """The numbers of operands that must be computed values."""
-        for i in positions:
-            if node.inputs[i].index not in self.number:
-                raise refused(node, f"a value computed from the input as operand {i}")
-        return [self.number[node.inputs[i].index] for i in positions]
 
     def weights(self, node: Node, first: int) -> list[Array]:
         """The operands from `first` on, which must not depend on the input: float32 copies."""
@@ -98,8 +97,9 @@ class _Lowering:
             out.append(_single(self.known[v.index]))
         return out
 
-    def append(self, node: Node, step: Step, inputs: Sequence[int], **arrays: Array) -> int:
-        return self.sketch.append(step, inputs, arrays, node.path)
+    def append(self, node: Node | None, step: Step, inputs: Sequence[int], **arrays: Array) -> int:
+        path = "" if node is None else node.path
+        return self.sketch.append(step, inputs, arrays, path)
 
     # --- one method for each op, or for several ---------------------------------------------------
 
@@ -200,25 +200,25 @@ class _Lowering:
         return number
 
     def reshape(self, node: Node) -> int:
-        return self.append(node, Reshape(node.output.shape[1:]), self.data(node, 0))
+        return self.append(node, Reshape(node.output.shape[1:]), self.moved(node)[0])
 
     def concat(self, node: Node) -> int:
         op: Any = node.op
         if op.axis == 0:
             raise refused(node, "another axis than the batch")
-        inputs = self.data(node, *range(len(node.inputs)))
-        return self.append(node, Concat(op.axis - 1), inputs)
+        return self.append(node, Concat(op.axis - 1), self.moved(node)[0])
 
     def pad(self, node: Node) -> int:
         op: Any = node.op
         if max(op.widths[0]) > 0:
             raise refused(node, "no padding of the batch")
-        (number,) = self.data(node, 0)
+        (number,), grid = (self.data(node, 0), None) if op.value else self.moved(node)
+        value = float(grid[1]) if grid else op.value
         widths = op.widths[1:]
         framed = [i for i, pair in enumerate(widths) if max(pair) > 0]
         for axes in (framed[i : i + 2] for i in range(0, len(framed), 2)):
             some = tuple(pair if i in axes else (0, 0) for i, pair in enumerate(widths))
-            number = self.append(node, Pad(some, op.value), [number])
+            number = self.append(node, Pad(some, value), [number])
         return number
 
 
@@ -246,13 +246,6 @@ _LOWER: dict[str, Callable[[_Lowering, Node], int]] = {
     "sum": _Lowering.sum,
     "tanh": _Lowering.activation,
 }
-
-
-def refused(node: Node, required: str) -> CompileError:
-    """The error for an op that no step expresses."""
-    shapes = ", ".join(str(v.shape) for v in node.inputs)
-    where = f" in {node.path}" if node.path else ""
-    return CompileError(f"compile: {node.op}{where}: required {required}; came shapes {shapes}")
 
 
 def _single(array: Array) -> Array:

@@ -46,7 +46,7 @@ class Plan:
         self.threads = threads
         self._packed = [Packed() for _ in network.layers]
         self._schedules: dict[tuple[int, int], _Schedule] = {}
-        self._laid: dict[tuple[int, bool], Laid] = {}
+        self._laid: dict[tuple[int, int], Laid] = {}
         self._arenas = program.aligned(1, 1)
         self._bases = np.zeros((1, 8), np.int64)
         self._lock = threading.Lock()
@@ -70,7 +70,10 @@ class Plan:
         with self._lock, _threads(self.threads) as threads:
             schedule = self._schedule(len(x), threads)
             arenas, bases = self._memory(schedule.workers, schedule.arena)
-            program.run(schedule.chunks, self._image_bytes, x, y, arenas, bases)
+            if schedule.team is None:
+                program.run(schedule.chunks, self._image_bytes, x, y, arenas, bases)
+            else:
+                program.run_team(*schedule.team, x, y, arenas[0], bases)
         return y
 
     def _memory(self, workers: int, nbytes: int) -> tuple[Array, Array]:
@@ -118,18 +121,19 @@ class Plan:
                 self._schedules.clear()
                 self._laid.clear()
             count = self._chunks(batch)
-            inside = count == 1 and threads > 1
             ends = [batch * (i + 1) // count for i in range(count)]
             starts = [0, *ends[:-1]]
+            inside = threads if count == 1 else 1
             laid = [self._layout(e - s, inside) for s, e in zip(starts, ends, strict=True)]
             rows = [(a.words.ctypes.data, s) for a, s in zip(laid, starts, strict=True)]
-            arena = max(a.arena for a in laid)
-            self._schedules[key] = _Schedule(
-                np.array(rows, np.int64), min(threads, count), arena, laid
-            )
+            arena, team = max(a.arena for a in laid), None
+            if laid[0].team > 1:
+                team = laid[0].words, np.zeros(2 * laid[0].words[0], np.int64)
+            workers = min(threads, count) if team is None else threads
+            self._schedules[key] = _Schedule(np.array(rows, np.int64), workers, arena, laid, team)
         return self._schedules[key]
 
-    def _layout(self, images: int, threads: bool) -> Laid:
+    def _layout(self, images: int, threads: int) -> Laid:
         key = images, threads
         if key not in self._laid:
             self._laid[key] = lay_out(self.network, self._packed, images, threads)
@@ -214,6 +218,7 @@ class _Schedule(NamedTuple):
     workers: int
     arena: int
     laid: list[Laid]  # which keeps the words alive
+    team: tuple[Array, Array] | None  # what several threads run together: words, marks
 
 
 @contextmanager

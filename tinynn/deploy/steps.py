@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 
-from kernels import prepack
+from kernels import prepack, prepack_int8
 from kernels.geometry import Pair, Window
 from kernels.prepack import Packed
 from kernels.program import Program, Slot
@@ -23,6 +23,9 @@ from tinynn.op import Array, Shape
 
 Arrays = Mapping[str, Array]
 Sides = tuple[Pair, Pair]
+
+#: What values consist of.
+FLOAT, BYTE = np.dtype(np.float32), np.dtype(np.uint8)
 
 #: The most elements of one value of one image, and of one axis of a window.
 LARGEST = 1 << 28
@@ -50,18 +53,30 @@ class Step:
     optional: ClassVar[tuple[str, ...]] = ()
     #: how many values it takes; 0: any number
     operands: ClassVar[int] = 1
+    #: what arrays consist of, if not of float32
+    dtypes: ClassVar[Mapping[str, Any]] = {}
     #: whether the result may lie where the first operand lies
     in_place: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not cls.__name__.startswith("_"):
+        if not cls.__name__.startswith("_") and cls.__name__ != "Windowed":
             cls.kind = cls.__name__.lower()
             Step.registry[cls.kind] = cls
 
     def result(self, inputs: Sequence[Shape], arrays: Arrays) -> Shape:
         """The shape of the result for operands of these shapes."""
         raise NotImplementedError
+
+    def dtype(self, kinds: Sequence[Any]) -> Any:
+        """What the result consists of, FLOAT or BYTE, for operands of these."""
+        self.require_kinds(kinds, FLOAT)
+        return FLOAT
+
+    def require_kinds(self, kinds: Sequence[Any], kind: Any) -> None:
+        """Raise the error for operands that do not all consist of this."""
+        if any(k != kind for k in kinds):
+            raise ShapeError(f"{self}: required {kind}; came {', '.join(map(str, kinds))}")
 
     def macs(self, inputs: Sequence[Shape], arrays: Arrays, output: Shape) -> int:
         """Multiply-adds for one image."""
@@ -121,7 +136,15 @@ class Linear(Step):
         prepack.linear(at.program, at.packed, at.inputs[0], w, b, at.output, self.relu, self.onto)
 
 
-class _Windowed(Step):
+class _Moving(Step):
+    """A step that only moves what its operands consist of."""
+
+    def dtype(self, kinds: Sequence[Any]) -> Any:
+        self.require_kinds(kinds, kinds[0])
+        return kinds[0]
+
+
+class Windowed(Step):
     """A step that slides a window over an image (H, W, C)."""
 
     stride: Pair
@@ -144,7 +167,7 @@ class _Windowed(Step):
 
 
 @dataclass(frozen=True)
-class Conv(_Windowed):
+class Conv(Windowed):
     """The convolution of x (H, W, C) with weight (KH, KW, C, N), bias (N,).
 
     onto a second operand (OH, OW, N), rectified if `relu`.
@@ -186,7 +209,7 @@ class Conv(_Windowed):
 
 
 @dataclass(frozen=True)
-class ConvTranspose(_Windowed):
+class ConvTranspose(Windowed):
     """The transposed convolution of x (OH, OW, C) with weight (KH, KW, C, N), bias (N,).
 
     The result has the rows and columns `size`, over which the window slides.
@@ -222,7 +245,7 @@ class ConvTranspose(_Windowed):
 
 
 @dataclass(frozen=True)
-class Depthwise(_Windowed):
+class Depthwise(Windowed):
     """Each channel of x (H, W, C) with its own kernels, weight (KH, KW, C, R), bias (C R,)."""
 
     stride: Pair = (1, 1)
@@ -294,7 +317,7 @@ class ScaleShift(Step):
 
 
 @dataclass(frozen=True)
-class Pool(_Windowed):
+class Pool(Windowed):
     """The maximum or the mean under each window of x (H, W, C); padding does not count."""
 
     mean: bool = False
@@ -373,7 +396,7 @@ class Activation(Step):
 
 
 @dataclass(frozen=True)
-class Concat(Step):
+class Concat(_Moving):
     """Values side by side along `axis` (0 is the first after the batch)."""
 
     axis: int = 0
@@ -392,15 +415,21 @@ class Concat(Step):
             inner = math.prod(slot.shape[self.axis + 1 :])
             return slot.reshape(math.prod(slot.shape[: self.axis + 1]), inner)
 
-        prepack.concat(at.program, [rows(s) for s in at.inputs], rows(at.output))
+        kernels: Any = prepack_int8 if at.output.dtype == BYTE else prepack
+        kernels.concat(at.program, [rows(s) for s in at.inputs], rows(at.output))
 
 
 @dataclass(frozen=True)
-class Pad(Step):
+class Pad(_Moving):
     """Elements `value` around x: widths[i] = (before, after) of axis i, on two axes at most."""
 
     widths: tuple[Pair, ...] = ()
     value: float = 0.0
+
+    def dtype(self, kinds: Sequence[Any]) -> Any:
+        if kinds[0] == BYTE and self.value not in range(256):
+            raise ShapeError(f"{self}: required a byte as value; came {self.value}")
+        return super().dtype(kinds)
 
     def result(self, inputs: Sequence[Shape], arrays: Arrays) -> Shape:
         (x,) = inputs
@@ -411,11 +440,15 @@ class Pad(Step):
         return tuple(n + b + a for n, (b, a) in zip(x, self.widths, strict=True))
 
     def emit(self, at: Site) -> None:
-        prepack.frame(at.program, at.inputs[0], ((0, 0), *self.widths), self.value, at.output)
+        widths = ((0, 0), *self.widths)
+        if at.output.dtype == BYTE:
+            prepack_int8.frame(at.program, at.inputs[0], widths, int(self.value), at.output)
+        else:
+            prepack.frame(at.program, at.inputs[0], widths, self.value, at.output)
 
 
 @dataclass(frozen=True)
-class Reshape(Step):
+class Reshape(_Moving):
     """The same elements under another shape: nothing is done."""
 
     shape: Shape = ()
