@@ -82,8 +82,8 @@ def conv2d(program: Program, layer: Convolution, x: Slot, y: Slot, scratch: Slot
     """y (B, OH, OW, N) = `int8_conv.conv2d` of x (B, H, W, C)."""
     images, height, width = x.shape[:3]
     if layer.pointwise is not None:
-        rows = (s.reshape(-1, s.shape[3]) for s in (x, y))
-        return linear(program, layer.pointwise, *rows, scratch)
+        rows, results = (s.reshape(-1, s.shape[3]) for s in (x, y))
+        return linear(program, layer.pointwise, rows, results, scratch)
     at = layer.placed(height, width)
     source = _flat(x)
     if at.copy is not None:

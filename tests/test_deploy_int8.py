@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
+from test_deploy import images, lived_in, networks
+from test_kernels_int8 import as_dense, exact_conv, finished
 
 import tinynn as tn
 from kernels import int8, int8_depthwise, int8_product
 from kernels.geometry import window
-from tests.test_deploy import images, lived_in, networks
-from tests.test_kernels_int8 import as_dense, exact_conv, finished
 from tinynn import nn
 from tinynn.compress import integers, quantize
 from tinynn.errors import CompileError

@@ -56,7 +56,7 @@ class _Integer(Step):
 def _is_grid(grid: Grid) -> bool:
     scale, zero, top = grid
     with np.errstate(over="ignore"):
-        usable = 0 < np.float32(scale) < math.inf
+        usable = bool(0 < np.float32(scale) < math.inf)
     return usable and 0 <= zero <= top <= 255
 
 
