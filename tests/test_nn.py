@@ -20,7 +20,7 @@ from tinynn.errors import (
     ShapeError,
     TinynnError,
 )
-from tinynn.storage import read_tensors, write_bytes, write_json, write_tensors
+from tinynn.storage import read_tensors, tensor_bytes, write_bytes, write_json, write_tensors
 from tinynn.tensor import Tensor, recording
 
 
@@ -321,6 +321,14 @@ def test_tensor_files_keep_every_dtype_and_shape(tmp_path: Path) -> None:
     for name, a in arrays.items():
         assert got[name].dtype == a.dtype
         np.testing.assert_array_equal(got[name], a)
+
+
+def test_the_same_content_is_the_same_file() -> None:
+    tensors = {"b": np.arange(3.0), "a": np.zeros((2, 1), np.int8)}
+    text = {"é": "–", **{str(i): "x" * i for i in range(9)}}
+    files = {tensor_bytes(tensors, text) for _ in range(8)}
+    files.add(tensor_bytes(tensors, dict(reversed(text.items()))))
+    assert len(files) == 1
 
 
 def test_errors_share_one_base() -> None:

@@ -79,7 +79,7 @@ def tensor_bytes(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> b
     arrays = {name: np.array(a, order="C") for name, a in tensors.items()}
     text = {**metadata, _HASH: _digest(arrays, metadata)}
     try:
-        return to_safetensors(arrays, text)
+        return _in_order(to_safetensors(arrays, text))
     except (SafetensorError, KeyError) as error:
         raise DTypeError(str(error)) from error
 
@@ -115,6 +115,16 @@ def parse_json(text: str, what: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{what}: not valid JSON: {error}") from error
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file with sorted metadata: the library's order is another one in each call."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the arrays behind it are aligned
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def _digest(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
