@@ -15,13 +15,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from bench import layers
+from bench import compressed_int8, layers
 from bench.case import Case
 from bench.libraries import DENSE, OURS
 from bench.suites import Built, Work, conv, matmul
 
-FAMILIES = ("dense", "sparse", "sparse4x1", "codebook", "float16", "lowrank")
-LIBRARIES = (OURS, DENSE, "scipy", "torch", "torch_sparse", "onnxruntime", "openvino")
+_INT8 = ("int8_product", "int8_conv")
+FAMILIES = ("dense", "sparse", "sparse4x1", "codebook", "float16", "lowrank", *_INT8)
+LIBRARIES = (
+    *(OURS, DENSE, "scipy", "torch", "torch_sparse", "onnxruntime", "openvino"),
+    *compressed_int8.PEERS,
+)
 
 #: Shares of weights (or of blocks of them) that are not zero.
 DENSITIES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -42,6 +46,7 @@ def cases(quick: bool) -> list[Case]:
             found += [_extended(layer, "codebook", bits=b) for b in _BITS[: 1 if quick else None]]
             found.append(_extended(layer, "float16"))
         found.append(_extended(layer, "lowrank", rank=half_rank(*matrix(layer))))
+        found.append(_extended(layer, _INT8[0 if is_product(layer) else 1]))
     return sorted(found, key=lambda case: FAMILIES.index(case.family))  # stable: shapes in order
 
 
@@ -53,6 +58,8 @@ def contestants(case: Case) -> Sequence[str]:
     """Ours by the technique and dense; libraries that have the technique, or dense ones."""
     if case.family == "dense":
         return OURS, "torch", "onnxruntime", "openvino"
+    if case.family in _INT8:
+        return OURS, DENSE, *compressed_int8.PEERS
     peers = {"sparse": ("scipy", "torch_sparse"), "sparse4x1": ("scipy",)}.get(case.family, ())
     if not peers or not is_product(case) or _density(case) > _PEERS_UP_TO:
         return OURS, DENSE
@@ -78,7 +85,8 @@ def half_rank(inputs: int, outputs: int) -> int:
 def work(case: Case) -> Work:
     """Multiply-adds with the weights that are left; arrays moved once, weights as they are packed.
 
-    Stored sparse, a weight has an index of one byte, which a block of four shares.
+    Stored sparse, a weight has an index of one byte, which a block of four shares. In 8 bits all
+    is bytes.
     """
     whole = _dense_suite(case).work(plain(case))
     size = math.prod(case.shape("w"))
@@ -91,6 +99,8 @@ def work(case: Case) -> Work:
         inputs, outputs = matrix(case)
         share = case.integer("rank") * (inputs + outputs) / size
         return Work(whole.flops * share, moved + 4 * share * size)
+    if case.family in _INT8:
+        return Work(whole.flops, whole.bytes / 4)
     bits = {"codebook": lambda: case.integer("bits"), "float16": lambda: 16}
     return Work(whole.flops, moved + size * bits.get(case.family, lambda: 32)() / 8)
 
@@ -116,6 +126,12 @@ def build(library: str, case: Case) -> Built:
     if case.family == "dense" and library != OURS:
         return _dense_suite(case).build(library, plain(case))
     x, w, bias = layers.numbers(case.shape("x"), case.shape("w"), case.shape("w")[-1:])
+    if case.family in _INT8:
+        problem = compressed_int8.problem(case, x, w)
+        if library != DENSE:
+            peers = {OURS: compressed_int8.ours, **compressed_int8.PEERS}
+            return peers[library](case, problem)
+        x, w = problem.real_x, problem.real_w
     w = changed(case, w)
     if library in ("scipy", "torch_sparse"):
         return dict(_SPARSE_PEERS[library](case, x, w))

@@ -22,9 +22,11 @@ from bench.case import Case
 from bench.libraries import DENSE, OURS
 from bench.suites import Built, Work
 
-_NAMES = ("dense", "sparse", "sparse4x1", "codebook", "float16", "lowrank")
+_NAMES = ("dense", "sparse", "sparse4x1", "codebook", "float16", "lowrank", "int8")
 FAMILIES = tuple(f"plan_{name}" for name in _NAMES)
-LIBRARIES = (OURS, DENSE, "torch", "onnxruntime", "openvino")
+_QUICK = ("plan_dense", "plan_sparse", "plan_int8")
+_INT8_PEERS = ("onnxruntime_int8", "openvino_int8")
+LIBRARIES = (OURS, DENSE, "torch", "onnxruntime", "openvino", *_INT8_PEERS)
 
 #: Each model with the shapes of images (B, H, W, C) that it is timed on.
 MODELS = {
@@ -34,6 +36,7 @@ MODELS = {
     "baseline_separable": ((1, 24, 24, 3),),
 }
 _DENSITIES = (0.1, 0.3)
+_SEEN = 16  # images that ranges of activations are taken from
 #: `variant` of a case: the technique wherever it can run, or for each layer the fastest kernel
 _FORCED, _MEASURED = "default", "measured"
 
@@ -41,7 +44,7 @@ _FORCED, _MEASURED = "default", "measured"
 def cases(quick: bool) -> list[Case]:
     """Every network dense, and by every technique that has kernels for most of its layers."""
     found = []
-    for family in FAMILIES[: 2 if quick else None]:
+    for family in _QUICK if quick else FAMILIES:
         for name in _models(family)[: 1 if quick else None]:
             for x in MODELS[name]:
                 found += [
@@ -68,10 +71,11 @@ def _choices(family: str, quick: bool) -> list[tuple[dict[str, Any], str]]:
 
 
 def contestants(case: Case) -> Sequence[str]:
-    """Runtimes of others run the dense model, and the factors of low rank, which are dense."""
+    """Runtimes of others run the dense model, factors of low rank, and the model in 8 bits."""
     if case.family == "plan_dense":
         return OURS, "torch", "onnxruntime", "openvino"
-    return (OURS, DENSE, *(("onnxruntime", "openvino") if case.family == "plan_lowrank" else ()))
+    runtimes = {"plan_lowrank": ("onnxruntime", "openvino"), "plan_int8": _INT8_PEERS}
+    return OURS, DENSE, *runtimes.get(case.family, ())
 
 
 def work(case: Case) -> Work:
@@ -100,7 +104,7 @@ def build(library: str, case: Case) -> Built:
     """The network in eval mode on images (B, H, W, 3), which gives (B, 10)."""
     (x,) = layers.numbers(case.shape("x"))
     if library in (OURS, DENSE):
-        return _plan(case, x, dense=library == DENSE)
+        return _silent(case, _plan(case, x, dense=library == DENSE))
     if library == "torch":
         return _torch(case, x)
     nchw = x.transpose(0, 3, 1, 2).copy()
@@ -109,24 +113,42 @@ def build(library: str, case: Case) -> Built:
         command = [sys.executable, "-m", "bench.compressed_networks", str(case), str(file)]
         subprocess.run(command, check=True, stdout=sys.stderr.fileno())
         content = file.read_bytes()
-    run = layers.onnxruntime_network if library == "onnxruntime" else layers.openvino_network
-    return run(case.threads, content, nchw)
+    onnxruntime = library.startswith("onnxruntime")
+    run = layers.onnxruntime_network if onnxruntime else layers.openvino_network
+    return _silent(case, run(case.threads, content, nchw))
+
+
+def _silent(case: Case, call: layers.Call) -> layers.Call:
+    """Without an answer to compare in 8 bits, which round the result of every layer."""
+    if case.family != "plan_int8":
+        return call
+
+    def without() -> None:
+        call()
+
+    return without
 
 
 # --- ours -----------------------------------------------------------------------------------------
 
 
-def model(case: Case) -> Any:
-    """The network as the technique leaves it, in eval mode, with the weights it was drawn with."""
+def model(case: Case, *, dense: bool = False) -> Any:
+    """The network as the technique leaves it, in eval mode, with the weights it was drawn with.
+
+    `dense` in float32, where the technique is to compute in 8 bits.
+    """
     import numpy as np
 
-    from tinynn.compress import factorize
+    from tinynn.compress import factorize, quantize
     from tinynn.models import PUBLISHED
 
     net = PUBLISHED[str(case["model"])].build(np.random.default_rng(0))
     technique = case.family.removeprefix("plan_")
     if technique == "lowrank":
         net = factorize.layers(net, np.zeros(case.shape("x"), np.float32), _half_rank)
+    elif technique == "int8":
+        seen = layers.numbers(case.shape("x"))[0][:_SEEN]
+        net = net if dense else quantize.int8(net, [seen])
     elif technique != "dense":
         for weight in _weights(net):
             weight.mutate()[...] = _changed(case, technique, weight.data)
@@ -157,10 +179,10 @@ def _plan(case: Case, x: Any, *, dense: bool) -> layers.Call:
     import tinynn as tn
 
     technique = case.family.removeprefix("plan_")
-    choose = "dense" if dense or technique in ("dense", "lowrank") else technique
+    choose = "dense" if dense or technique in ("dense", "lowrank", "int8") else technique
     if not dense and case.variant == _MEASURED:
         choose = "measure"
-    plan = tn.compile(model(case), x, choose=choose)
+    plan = tn.compile(model(case, dense=dense), x, choose=choose)
     return lambda: plan(x)
 
 

@@ -72,7 +72,10 @@ LIBRARIES = {
         Library("torch", "torch", _prepare_torch),
         Library("torch_compile", "torch", _prepare_torch),
         Library("torch_sparse", "torch", _prepare_torch),
+        Library("torch_int8", "torch", _prepare_torch),
         Library("onnxruntime", "onnxruntime", _prepare_runtime),
+        Library("onnxruntime_int8", "onnxruntime", _prepare_runtime),
         Library("openvino", "openvino", _prepare_runtime),
+        Library("openvino_int8", "openvino", _prepare_runtime),
     )
 }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command
-from bench import compressed, compressed_networks, crossover, layers, records
+from bench import compressed, compressed_int8, compressed_networks, crossover, layers, records
 from bench.case import Case, CaseError
 from bench.libraries import DENSE, LIBRARIES, OURS
 from bench.suites import compress
@@ -30,6 +30,8 @@ CASES = [
     "float16 x=40x20 w=20x24",
     "lowrank rank=5 x=40x20 w=20x24",
     "lowrank rank=5 x=2x6x5x3 w=3x3x3x8 stride=1 padding=half",
+    "int8_product x=40x20 w=20x24",
+    "int8_conv x=2x6x5x8 w=3x3x8x16 stride=1 padding=half",
 ]
 
 
@@ -47,6 +49,10 @@ def test_contestants_compute_what_the_plain_loops_do(library: str, text: str) ->
     if case.family == "dense" and len(shapes[1]) == 4:
         shapes.append(shapes[1][3:])  # as the suite `conv` draws them, with a bias
     x, w, *bias = layers.numbers(*shapes)
+    tolerance = 1e-4
+    if case.family.startswith("int8"):
+        problem = compressed_int8.problem(case, x, w)
+        x, w, tolerance = problem.real_x, problem.real_w, 2e-3  # bytes come out
     w = compressed.changed(case, w).astype(np.float64)
     if len(w.shape) == 2:
         wanted = x @ w
@@ -57,9 +63,10 @@ def test_contestants_compute_what_the_plain_loops_do(library: str, text: str) ->
     for name, call in (built if isinstance(built, Mapping) else {"": built}).items():
         call()
         got = _fingerprint(call())
-        np.testing.assert_allclose(
-            got, _fingerprint(wanted), rtol=1e-4, atol=1e-5, err_msg=f"{library} {name}"
-        )
+        expected = _fingerprint(wanted)
+        assert expected is not None
+        close = tolerance * max(1.0, expected[2])  # of the root mean square
+        np.testing.assert_allclose(got, expected, rtol=0, atol=close, err_msg=f"{library} {name}")
 
 
 @pytest.mark.parametrize(("block", "channels"), [(1, 12), (4, 12), (4, 10)])

@@ -10,7 +10,7 @@ from bench import compressed, compressed_networks
 from bench.case import Case
 from bench.suites import Built, Work
 
-SUMMARY = "dense, sparse, code book, float16, low rank: layers, whole networks, crossover density"
+SUMMARY = "dense, sparse, int8, code book, float16, low rank: layers, networks, crossover density"
 FAMILIES = (*compressed.FAMILIES, *compressed_networks.FAMILIES)
 LIBRARIES = tuple(dict.fromkeys((*compressed.LIBRARIES, *compressed_networks.LIBRARIES)))
 
