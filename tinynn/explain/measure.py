@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from kernels.timing import compare
 from tinynn import nn, roofline
-from tinynn.compress import cluster, factorize, fold_batchnorm, sparsify
+from tinynn.compress import cluster, factorize, fold_batchnorm, quantize, sparsify
 from tinynn.deploy import Plan, compile
 from tinynn.deploy.steps import Conv, Linear
 from tinynn.deploy.steps import Layer as Step
+from tinynn.environment import cpu_features
 from tinynn.errors import ConfigError
 from tinynn.explain.parts import DENSE, Bound, Explanation, Layer, Way
 from tinynn.nn.module import Module
@@ -32,6 +33,9 @@ _ROUNDS = 10  #: of a pass
 _PLAN_ROUNDS = 7
 _HARDLY = 1e-9  #: a density that leaves one weight or block a layer
 _SPARSE = ("sparse", "sparse4x1")
+
+#: Products of bytes that an instruction adds up in the place of one of float32.
+_DOT = 4 if {"avx512vnni", "avxvnni", "dotprod", "i8mm"} & set(cpu_features()) else 2
 
 Change = Callable[[Module, Array, "Settings"], Module]
 
@@ -69,6 +73,10 @@ def _factor(model: Module, x: Array, told: Settings) -> Module:
     return factorize.layers(model, x, _half)
 
 
+def _bytes(model: Module, x: Array, told: Settings) -> Module:
+    return quantize.int8(model, [x])
+
+
 def _half(values: Array, size: int) -> int:
     """The rank at which two factors have half the weights of the whole, as K x K as one matrix."""
     inputs, outputs = len(values), size // len(values)
@@ -99,6 +107,7 @@ TECHNIQUES: dict[str, Technique] = {
     "codebook": Technique(_share, "codebook"),
     "float16": Technique(_same, "float16"),
     "lowrank": Technique(_factor, "dense"),
+    "int8": Technique(_bytes, "dense"),
 }
 
 
@@ -140,14 +149,15 @@ def explain(
         costs = _Costs(limits, len(x), chunks, rows)
         ways = []
         for name, plan in plans.items():
-            mine = _standing_for(plan, step) if name != DENSE else [i]
+            mine = [i] if name == DENSE else _standing_for(plan, step)
             way = costs.way(name, plan, mine, seconds[name], calls[name])
             if name in bare and way.seconds is not None:
                 left = seconds[f"bare {name}"]
                 way = replace(way, fixed=sum(left[k] for k in _standing_for(bare[name], step)))
             ways.append(way)
         weight = step.arrays.get("weight")
-        others = ways[1:] if isinstance(step.step, Linear | Conv) else []
+        mixes = isinstance(step.step, Linear | Conv)
+        others = [way for way in ways[1:] if mixes or way.seconds is not None]
         layers.append(
             Layer(
                 step.path or "-",
@@ -192,7 +202,7 @@ def _smallest_call(name: str, told: Settings, threads: int) -> float:
     net = nn.Sequential(nn.Linear(4, 8, bias=False, rng=rng))
     x = np.ones((1, 4), np.float32)
     if name == "lowrank":
-        net = nn.Sequential(*net, nn.Linear(8, 4, bias=False, rng=rng))
+        net = nn.Sequential(net[0], nn.Linear(8, 4, bias=False, rng=rng))
         plan = compile(net, x, threads=threads, choose="dense")
     else:
         plan = _plans(net, x, told, threads, only=[name])[name]
@@ -211,12 +221,20 @@ def _times(plans: Mapping[str, Plan], x: Array) -> dict[str, list[float]]:
 
 def _standing_for(plan: Plan, step: Step) -> list[int]:
     """The layers of another plan that stand for this one: of its path, or two factors below it."""
-    names = (step.path, f"{step.path}.0", f"{step.path}.1")
+    if "weight" not in step.arrays:
+        return []
+    path = _path(step)
+    names = (path, f"{path}.0", f"{path}.1")
     return [
         i
         for i, layer in enumerate(plan.network.layers)
-        if layer.path in names and type(layer.step) in (Linear, Conv)
+        if "weight" in layer.arrays and _path(layer) in names
     ]
+
+
+def _path(step: Step) -> str:
+    """The layer's path in the model that was not quantised: that puts `layer` around modules."""
+    return ".".join(name for name in step.path.split(".") if name != "layer")
 
 
 class _Costs:
@@ -233,16 +251,19 @@ class _Costs:
         steps = [network.layers[i] for i in places]
         macs = weights = moved = loads = 0.0
         for step in steps:
-            shapes = [*network.inputs(step), network.shapes[step.output]]
+            values = (*step.inputs, step.output)
             left, nbytes, per_weight = _stored(step)
-            full = step.step.macs(network.inputs(step), step.arrays, shapes[-1])
-            macs += self._batch * full * left
+            shapes = [network.shapes[v] for v in values]
+            full = self._batch * step.step.macs(shapes[:-1], step.arrays, shapes[-1]) * left
+            macs += full
             weights += self._chunks * nbytes
-            moved += 4 * self._batch * sum(map(math.prod, shapes))
-            loads += self._batch * full * left * per_weight
-        runs = bool(steps) and self._has_kernel(name, steps)
+            sizes = [math.prod(network.shapes[v]) * network.dtypes[v].itemsize for v in values]
+            moved += self._batch * sum(sizes)
+            loads += full * per_weight
+        runs = bool(steps) and _has_kernel(name, steps)
+        products = _DOT if name == "int8" else 1
         bounds: dict[Bound, float] = {
-            "compute": self._limits.compute_seconds(2 * macs),
+            "compute": self._limits.compute_seconds(2 * macs / products),
             "memory": self._limits.memory_seconds(weights + moved, self._set(weights, moved)),
             "index": loads / self._limits.bandwidths["L1"],
             "overhead": call,
@@ -255,10 +276,13 @@ class _Costs:
         """The bytes that one chunk of images needs: what has to fit a cache."""
         return (weights + moved) / self._chunks
 
-    def _has_kernel(self, name: str, steps: list[Step]) -> bool:
-        if name == "lowrank":
-            return len(steps) == 2
-        return all(step.kernel == TECHNIQUES[name].kernel for step in steps)
+
+def _has_kernel(name: str, steps: list[Step]) -> bool:
+    if name == "lowrank":
+        return len(steps) == 2
+    if name == "int8":
+        return all(step.arrays["weight"].dtype == np.int8 for step in steps)
+    return all(step.kernel == TECHNIQUES[name].kernel for step in steps)
 
 
 def _stored(step: Step) -> tuple[float, float, float]:
@@ -276,7 +300,8 @@ def _stored(step: Step) -> tuple[float, float, float]:
     if step.kernel == "codebook":
         bits = max(1, (len(np.unique(weight)) - 1).bit_length())
         return 1.0, weight.size * bits / 8, 0.0
-    return 1.0, weight.size * (2.0 if step.kernel == "float16" else 4.0), 0.0
+    each = 2.0 if step.kernel == "float16" else float(weight.itemsize)
+    return 1.0, weight.size * each, 0.0
 
 
 def _blocks(weight: Array) -> int:
