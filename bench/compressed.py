@@ -46,7 +46,8 @@ def cases(quick: bool) -> list[Case]:
             found += [_extended(layer, "codebook", bits=b) for b in _BITS[: 1 if quick else None]]
             found.append(_extended(layer, "float16"))
         found.append(_extended(layer, "lowrank", rank=half_rank(*matrix(layer))))
-        found.append(_extended(layer, _INT8[0 if is_product(layer) else 1]))
+        family = _INT8[0 if is_product(layer) else 1]
+        found.append(dataclasses.replace(layer, family=family, dtype="int8"))
     return sorted(found, key=lambda case: FAMILIES.index(case.family))  # stable: shapes in order
 
 
@@ -107,7 +108,8 @@ def work(case: Case) -> Work:
 
 def plain(case: Case) -> Case:
     """The dense layer as a case of the suite `matmul` or `conv`."""
-    return dataclasses.replace(case, family="matmul" if is_product(case) else "conv")
+    family = "matmul" if is_product(case) else "conv"
+    return dataclasses.replace(case, family=family, dtype="float32")
 
 
 def _dense_suite(case: Case) -> Any:

@@ -48,10 +48,16 @@ def cases(quick: bool) -> list[Case]:
         for name in _models(family)[: 1 if quick else None]:
             for x in MODELS[name]:
                 found += [
-                    Case.of(family, variant=variant, x=x, model=name, **attributes)
+                    Case.of(
+                        family, variant=variant, dtype=_dtype(family), x=x, model=name, **attributes
+                    )
                     for attributes, variant in _choices(family, quick)
                 ]
     return found
+
+
+def _dtype(family: str) -> str:
+    return "int8" if family == "plan_int8" else "float32"
 
 
 def _models(family: str) -> list[str]:

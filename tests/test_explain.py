@@ -78,6 +78,10 @@ def test_what_every_technique_has_to_do(found: tn.Explanation) -> None:
     low = mine["lowrank"]
     assert low.rank == 32 * 48 // (2 * 80) and low.macs == rows * low.rank * 80
     assert low.activation_bytes == 4 * rows * (80 + 2 * low.rank)
+    byte = mine["int8"]
+    assert byte.macs == dense.macs and byte.weight_bytes == dense.weight_bytes / 4
+    assert byte.activation_bytes == dense.activation_bytes / 4
+    assert byte.bounds["compute"] == dense.bounds["compute"] / measure._DOT
     for way in mine.values():
         assert way.seconds is not None and way.seconds >= 0
 
@@ -88,7 +92,8 @@ def test_who_has_no_kernel_says_so(found: tn.Explanation) -> None:
     assert mine["sparse"].seconds is not None and mine["codebook"].seconds is None
     assert "no kernel" in first.why(mine["codebook"]) and "3x3x3x32" in first.why(mine["codebook"])
     (depthwise,) = (layer for layer in found.layers if layer.kind == "depthwise")
-    assert depthwise.others == () and depthwise.dense.macs > 0
+    assert depthwise.dense.macs > 0  # and of the techniques one has a kernel for it
+    assert [way.technique for way in depthwise.others] == ["int8"]
 
 
 def test_the_table_and_the_file_say_all(found: tn.Explanation) -> None:
@@ -146,6 +151,11 @@ DENSE = way("dense", 10.0)
             way("dense", 10.0, compute=1.0, memory=8.0),
             way("float16", 5.5, compute=1.0, memory=5.0),
             ["helps, 1.82x", "memory traffic", "62%"],
+        ),
+        (
+            DENSE,
+            way("int8", 3.0, compute=2.25, memory=0.5),
+            ["helps, 3.33x", "arithmetic", "25% of that is left"],
         ),
         (
             way("dense", 20.0),
