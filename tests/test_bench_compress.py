@@ -36,7 +36,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("text", CASES)
-@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("library", compress.LIBRARIES)
 def test_contestants_compute_what_the_plain_loops_do(library: str, text: str) -> None:
     case = Case.parse(text)
