@@ -95,10 +95,16 @@ def schedule_of(config: Record, steps: int) -> Schedule:
 
 
 def train(
-    model: nn.Module, sets: Sets, config: Record, rng: np.random.Generator, context: Context
+    model: nn.Module,
+    sets: Sets,
+    config: Record,
+    rng: np.random.Generator,
+    context: Context,
+    each_step: Callable[[int], None] | None = None,
 ) -> Record:
     """Train and evaluate `model`; a checkpoint in `context.files` lets a run be taken up again.
 
+    `each_step` is called after every update with the number of steps so far.
     Returns the training's curve (a record an epoch), the seconds for which steps waited for images,
     and what `evaluate` gives.
     """
@@ -132,6 +138,7 @@ def train(
         optimizer=optimizer,
         steps=steps,
         schedule=schedule_of(config, steps),
+        each_step=each_step,
         each_epoch=each_epoch,
         checkpoint=checkpoint,
         resume=context.resume,

@@ -5,6 +5,7 @@ Parameter counts that the thesis gives are reproduced; the tests hold them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -76,17 +77,24 @@ def baseline(
     )
 
 
-def small_cifar(*, m_in: int = 3, classes: int = 10, rng: np.random.Generator) -> nn.Sequential:
+def small_cifar(
+    *,
+    m_in: int = 3,
+    classes: int = 10,
+    stem: int = 32,
+    widths: Sequence[int] = (64, 64, 64, 128, 128, 128),
+    rng: np.random.Generator,
+) -> nn.Sequential:
     """The small CIFAR-10 model of section 2.4.1: images (B, H, W, m_in), 131,018 parameters.
 
     A 3x3 stem of 32 channels, six full pre-activation separable residual blocks (64, 64, 64, 128,
     128, 128; the first of each width with stride 2), global average pool, batch normalisation,
     ReLU, linear. 124,288 weights; the published total follows if every convolution has a bias and
     the separable convolutions are the non-linear ones, with batch normalisation in their middle.
+    Other `stem` and `widths` give narrower or shallower nets of the kind.
     """
-    widths = (64, 64, 64, 128, 128, 128)
     blocks: list[Module] = []
-    m = 32
+    m = stem
     for m_out in widths:
         stride = 1 if m_out == m else 2
         blocks.append(
@@ -94,7 +102,7 @@ def small_cifar(*, m_in: int = 3, classes: int = 10, rng: np.random.Generator) -
         )
         m = m_out
     return nn.Sequential(
-        nn.Conv2d(m_in, 32, 3, rng=rng),
+        nn.Conv2d(m_in, stem, 3, rng=rng),
         *blocks,
         nn.GlobalAvgPool2d(),
         nn.BatchNorm(m),

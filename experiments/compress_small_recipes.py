@@ -1,0 +1,235 @@
+"""The recipes that `compress_small` carries out, by name: what is done to the trained model.
+
+`published` are those for the small CIFAR model, `quick` those for a tiny one, `sweep` the thesis'
+three thresholds against each other. Names say what is done; "tuned" ones are trained afterwards,
+"gradual" ones meanwhile; the table says for how many epochs. Code books and decimals come after
+batch norm was folded: folding scales each channel, so that equal weights would differ again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import product
+from typing import Any
+
+Record = dict[str, Any]
+Recipe = list[Record]
+
+MODEL = "experiments/results/small_cifar/model.safetensors"
+RATE = 0.02  #: at which fine-tuning begins
+FOLDED_RATE = 0.002  #: without batch normalisation
+CRITERIA = ("magnitude", "random", "taylor", "fisher", "brain damage")
+CHANNELS = ("l1", "l2", "scale", "count", "variance", "taylor", "fisher", "random")
+RANGES = ("min-max", "percentile", "squared error", "KL")
+#: stem, widths of the blocks
+DESIGNED = {
+    "0.7": (22, (45, 45, 45, 90, 90, 90)),
+    "0.5": (16, (32, 32, 32, 64, 64, 64)),
+    "0.35": (11, (22, 22, 22, 45, 45, 45)),
+}
+SWEPT: dict[str, tuple[Any, ...]] = {
+    "threshold": (None, -0.5, 0.0, 0.5),
+    "error": (None, 1e-5, 1e-4, 1e-3),
+    "decimals": (None, 3, 2),
+}
+
+FOLD, ANEW = {"do": "fold"}, {"do": "statistics anew"}
+FLOAT16 = {"do": "float16"}
+
+
+def do(name: str, **settings: Any) -> Record:
+    """A step."""
+    return {"do": name, **settings}
+
+
+def tune(epochs: float = 1.0, rate: float = RATE) -> Record:
+    """Fine-tuning."""
+    return do("train", epochs=epochs, rate=rate)
+
+
+def gradually(sparsity: float, epochs: float = 3.0) -> Record:
+    """Fine-tuning during which weights are pruned, the smallest of all layers together."""
+    return do("train", epochs=epochs, rate=RATE, sparsity=sparsity, scope="global")
+
+
+PRUNED, MORE_PRUNED = gradually(0.7), gradually(0.9)
+SLIM = [do("channels", importance="l2", kept=0.7), tune(2.0, 0.05)]
+
+
+def published(tuning: float, epochs: float) -> dict[str, dict[str, Recipe]]:
+    """Recipes by group and name; `tuning` stretches all fine-tuning, `epochs` trains designs."""
+    groups: dict[str, dict[str, Recipe]] = {
+        "dense": {"dense": [], "dense, tuned": [tune()]},
+        "weights": _weights(),
+        "channels": _channels(),
+        "low rank": {
+            "low rank, error 0.001": [do("low rank", by="error", value=1e-3), ANEW],
+            "low rank, energy 0.9": [do("low rank", by="energy", value=0.9), ANEW],
+            "low rank, energy 0.9, cheapest form": [
+                do("low rank", by="energy", value=0.9, form="cheapest"), ANEW
+            ],
+            "low rank, energy 0.9, tuned": [do("low rank", by="energy", value=0.9), tune(0.5)],
+        },
+        "code books": {
+            "3 decimals": [FOLD, do("round", decimals=3)],
+            "2 decimals": [FOLD, do("round", decimals=2)],
+            "16 values": [FOLD, do("k-means", entries=16)],
+            "16 values a channel": [FOLD, do("k-means", entries=16, per="channel")],
+            "8 values": [FOLD, do("k-means", entries=8)],
+            "8 values, tuned": [FOLD, do("k-means", entries=8), tune(0.5, FOLDED_RATE)],
+        },
+        "bits": _bits(),
+        "combined": _combined(),
+        "ef-operator": {
+            "ef-operator at the end, tuned": [do("additive", pointwise=False), tune(0.5)]
+        },
+    }  # fmt: skip
+    head = [do("load", path=MODEL)]
+    recipes = {
+        group: {name: head + _stretched(steps, tuning) for name, steps in members.items()}
+        for group, members in groups.items()
+    }
+    recipes["designed small"] = {
+        f"designed, width {width}": _designed(stem, widths, epochs)
+        for width, (stem, widths) in DESIGNED.items()
+    }
+    return recipes
+
+
+def _weights() -> dict[str, Recipe]:
+    half = {
+        f"weights 50 %, {score}": [do("weights", kept=0.5, score=score, scope="global"), ANEW]
+        for score in CRITERIA
+    }
+    return {
+        **half,
+        "weights 50 % of each layer, magnitude": [do("weights", kept=0.5), ANEW],
+        "weights 50 %, magnitude, statistics old": [do("weights", kept=0.5, scope="global")],
+        "weights below the mean": [do("threshold", width=0.0), ANEW],
+        "weights 70 %, one shot, tuned": [do("weights", kept=0.3, scope="global"), tune()],
+        "weights 70 %, two rounds, tuned": [
+            do("weights", kept=0.3**0.5, scope="global"), tune(0.5),
+            do("weights", kept=0.3, scope="global"), tune(0.5),
+        ],
+        "weights 70 %, gradual": [PRUNED],
+        "weights 90 %, gradual": [MORE_PRUNED],
+        "2 of 4 weights, tuned": [do("n of m", n=2, m=4), tune()],
+        "4x1 blocks 70 %, tuned": [do("4x1", kept=0.3), tune()],
+    }  # fmt: skip
+
+
+def _channels() -> dict[str, Recipe]:
+    fifth = {
+        f"channels 20 %, {name}": [do("channels", importance=name, kept=0.8), ANEW]
+        for name in CHANNELS
+    }
+    return {
+        **fifth,
+        "channels 20 %, l1, union": [do("channels", importance="l1", kept=0.8, union=True), ANEW],
+        "alike channels merged": [do("merge", similarity=0.9), ANEW],
+        "channels 30 %, l2, tuned": SLIM,
+        "branches thinned by 50 %, tuned": [do("thin", kept=0.5), tune()],
+        "one block dropped, tuned": [do("drop blocks", number=1), tune()],
+    }
+
+
+def _bits() -> dict[str, Recipe]:
+    return {
+        "float16": [FLOAT16],
+        "int8, dynamic": [do("dynamic")],
+        **{f"int8, {name}": [do("int8", ranges=name)] for name in RANGES},
+        "int8, one scale a layer": [do("int8", ranges="min-max", per_channel=False)],
+        "int8, tuned": [
+            do("int8", ranges="min-max"), do("train ranges", ranges="running"),
+            tune(0.5, FOLDED_RATE),
+        ],
+        "4 bits, plain": [do("4 bits", clip=False, allocate=False, correct=False)],
+        "4 bits, clipped": [do("4 bits", clip=True, allocate=False, correct=False)],
+        "4 bits, allocated": [do("4 bits", clip=False, allocate=True, correct=False)],
+        "4 bits, corrected": [do("4 bits", clip=False, allocate=False, correct=True)],
+        "4 bits": [do("4 bits")],
+        "4 bits, tuned": [
+            do("4 bits", allocate=False), do("train ranges", ranges="learned"),
+            tune(0.5, FOLDED_RATE),
+        ],
+    }  # fmt: skip
+
+
+def _combined() -> dict[str, Recipe]:
+    clustered = [FOLD, do("k-means", entries=16)]
+    int8 = do("int8", ranges="min-max")
+    return {
+        "70 % pruned, float16": [PRUNED, FLOAT16],
+        "70 % pruned, 16 values": [PRUNED, *clustered],
+        "70 % pruned, 16 values, float16": [PRUNED, *clustered, FLOAT16],
+        "70 % pruned, 16 values, tuned, float16": [
+            PRUNED, *clustered, tune(0.5, FOLDED_RATE), FLOAT16
+        ],
+        "90 % pruned, 16 values, float16": [MORE_PRUNED, *clustered, FLOAT16],
+        "70 % pruned, int8": [PRUNED, int8],
+        "90 % pruned, int8": [MORE_PRUNED, int8],
+        "30 % of channels off, 16 values, float16": [*SLIM, *clustered, FLOAT16],
+        "30 % of channels off, int8": [*SLIM, int8],
+        "30 % of channels off, 4 bits": [*SLIM, do("4 bits")],
+    }  # fmt: skip
+
+
+def _designed(stem: int, widths: tuple[int, ...], epochs: float) -> Recipe:
+    return [do("design", stem=stem, widths=list(widths)), do("train", epochs=epochs, rate=0.2)]
+
+
+def _stretched(steps: Iterable[Record], factor: float) -> Recipe:
+    return [
+        {**item, "epochs": factor * item["epochs"]} if "epochs" in item else item for item in steps
+    ]
+
+
+def quick() -> dict[str, dict[str, Recipe]]:
+    """A few of each kind, on a tiny network that is trained first."""
+    base = _designed(8, (16, 32), 3.0)
+    short, folded = tune(0.5), tune(0.5, FOLDED_RATE)
+    clustered = [FOLD, do("k-means", entries=16)]
+    slim = [do("channels", importance="taylor", kept=0.7), short]
+    members = {
+        "dense": {"dense": []},
+        "weights": {
+            "weights 50 %, magnitude": [do("weights", kept=0.5)],
+            "weights 70 %, gradual": [gradually(0.7, 1.0)],
+        },
+        "channels": {"channels 30 %, taylor, tuned": slim},
+        "low rank": {"low rank, error 0.001": [do("low rank", by="error", value=1e-3), ANEW]},
+        "code books": {"16 values, tuned": [*clustered, folded]},
+        "bits": {
+            "float16": [FLOAT16],
+            "int8, min-max": [do("int8", ranges="min-max")],
+            "4 bits": [do("4 bits")],
+        },
+        "combined": {"70 % pruned, 16 values, float16": [
+            gradually(0.7, 1.0), *clustered, FLOAT16
+        ]},
+        "ef-operator": {
+            "ef-operator at the end, tuned": [do("additive", pointwise=False), short],
+        },
+        "designed small": {},
+    }  # fmt: skip
+    recipes: dict[str, dict[str, Recipe]] = {
+        group: {name: base + steps for name, steps in found.items()}
+        for group, found in members.items()
+    }
+    recipes["designed small"] = {"designed, width 0.7": _designed(6, (11, 22), 3.0)}
+    return recipes
+
+
+def sweep() -> dict[str, dict[str, Recipe]]:
+    """Pruning x SVD error x rounding, without training: the thesis' sweep and its rounding."""
+    found: dict[str, Recipe] = {}
+    for threshold, error, decimals in product(*SWEPT.values()):
+        steps = [do("load", path=MODEL), FOLD]
+        if threshold is not None:
+            steps.append(do("threshold", width=threshold))
+        if error is not None:
+            steps.append(do("low rank", by="error", value=error))
+        if decimals is not None:
+            steps.append(do("round", decimals=decimals))
+        found[f"threshold {threshold}, error {error}, decimals {decimals}"] = steps
+    return {"sweep": found}
