@@ -45,7 +45,7 @@ from experiments.runner import (
     written,
 )
 from kernels._jit import get_threads
-from kernels.timing import compare
+from kernels.timing import ROUNDS, compare
 from tinynn import metrics
 from tinynn.deploy.layout import Network
 from tinynn.errors import ConfigError
@@ -87,11 +87,11 @@ def cells(args: argparse.Namespace) -> dict[str, Record]:
         settings[name] = OPTIONS[name].default  # the trained model's own recipe
     if args.quick:
         quick = {"dataset": "glyphs", "images": 2560, "test_images": 1000, "pad": 2, "flip": False}
-        settings |= quick
+        settings |= {**quick, "epochs": 3.0}
     settings |= written(args, OPTIONS)
     tuning, epochs = settings.pop("tuning"), settings.pop("epochs")
     groups = (
-        compress_small_recipes.quick()
+        compress_small_recipes.quick(tuning, epochs)
         if args.quick
         else compress_small_recipes.published(tuning, epochs)
     )
@@ -110,7 +110,9 @@ def cells(args: argparse.Namespace) -> dict[str, Record]:
         config["name"] = name
     if args.jobs == 1 and args.scheduler is None:
         timed = [name for name, c in found.items() if c["group"] != "sweep"]
-        found[TIMES] = {"group": TIMES, "names": timed, "number": args.times, **settings}
+        rounds = 3 if args.quick else ROUNDS
+        times_of = {"group": TIMES, "names": timed, "number": args.times, "rounds": rounds}
+        found[TIMES] = {**times_of, **settings}
     return found
 
 
@@ -167,7 +169,8 @@ def times(config: Record, seed: int, context: Context) -> Record:
         x = np.random.default_rng(0).normal(size=(batch, *some.input_shape)).astype(np.float32)
         contestants = {name: _call(plan, x) for name, plan in plans.items()}
         others = {name: _call(plan, x) for name, plan in dense.items() if plan is not None}
-        taken = compare(contestants | {f"{name} ": call for name, call in others.items()})
+        both = contestants | {f"{name} ": call for name, call in others.items()}
+        taken = compare(both, rounds=config["rounds"])
         found[str(batch)] = {
             name: {
                 "seconds": taken[name].median,

@@ -93,15 +93,15 @@ def content(plan: tn.Plan) -> int:
 
 def executed_multiply_adds(plan: tn.Plan) -> int:
     """Those of one image, without the ones that sparse kernels leave out."""
-    total = 0.0
+    total = 0
     for layer in plan.network.layers:
         shape = plan.network.shapes[layer.output]
         macs = layer.step.macs(plan.network.inputs(layer), layer.arrays, shape)
         if layer.kernel in _BLOCKS:
             weight = layer.arrays["weight"]
-            macs *= _stored(weight, _BLOCKS[layer.kernel]) / weight.size
+            macs = macs * _stored(weight, _BLOCKS[layer.kernel]) // weight.size
         total += macs
-    return round(total)
+    return total
 
 
 def _stored(weight: Array, block: int) -> int:
@@ -156,8 +156,17 @@ def deflated(plan: tn.Plan) -> int:
                 name, bits = head["parts"][part], described["bits"]
                 count = arrays[name].size * 8 // bits
                 streams[name] = unpack_bits(arrays[name], bits, count).tobytes()
-    smallest = (min(arrays[n].nbytes, len(zlib.compress(s, 9))) for n, s in streams.items())
-    return sum(smallest) + sum(len(zlib.compress(text.encode(), 9)) for text in metadata.values())
+    smallest = (min(arrays[name].nbytes, _deflated(s)) for name, s in streams.items())
+    return sum(smallest) + sum(_deflated(text.encode()) for text in metadata.values())
+
+
+def _deflated(stream: bytes) -> int:
+    """The smaller of DEFLATE with and without looking for repetitions."""
+    sizes = []
+    for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY):
+        coder = zlib.compressobj(9, strategy=strategy)
+        sizes.append(len(coder.compress(stream)) + len(coder.flush()))
+    return min(sizes)
 
 
 def _forms(value: Any) -> Iterator[Record]:

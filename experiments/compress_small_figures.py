@@ -121,8 +121,7 @@ def _panel(ax: Axes, cells: dict[str, Record], key: str, factor: float) -> None:
     colours = [*pictures.CYCLE, pictures.GREY, pictures.PALE]
     for group, colour in zip(groups, colours, strict=False):
         some = [c for c in cells.values() if c["group"] == group]
-        points = [(factor * c[key], 100 * c["accuracy_mean"]) for c in some]
-        x, y = zip(*points, strict=True)
+        x, y = [factor * c[key] for c in some], [100 * c["accuracy_mean"] for c in some]
         ax.scatter(x, y, color=colour, label=group, s=26, zorder=3)
     points = {n: (factor * c[key], 100 * c["accuracy_mean"]) for n, c in cells.items()}
     edge = frontier(points)

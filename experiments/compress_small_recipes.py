@@ -184,13 +184,13 @@ def _stretched(steps: Iterable[Record], factor: float) -> Recipe:
     ]
 
 
-def quick() -> dict[str, dict[str, Recipe]]:
-    """A few of each kind, on a tiny network that is trained first."""
-    base = _designed(8, (16, 32), 3.0)
+def quick(tuning: float, epochs: float) -> dict[str, dict[str, Recipe]]:
+    """A few of each kind, on a tiny network that is trained for `epochs` first."""
+    base = _designed(8, (16, 32), epochs)
     short, folded = tune(0.5), tune(0.5, FOLDED_RATE)
     clustered = [FOLD, do("k-means", entries=16)]
     slim = [do("channels", importance="taylor", kept=0.7), short]
-    members = {
+    members: dict[str, dict[str, Recipe]] = {
         "dense": {"dense": []},
         "weights": {
             "weights 50 %, magnitude": [do("weights", kept=0.5)],
@@ -213,10 +213,10 @@ def quick() -> dict[str, dict[str, Recipe]]:
         "designed small": {},
     }  # fmt: skip
     recipes: dict[str, dict[str, Recipe]] = {
-        group: {name: base + steps for name, steps in found.items()}
+        group: {name: base + _stretched(steps, tuning) for name, steps in found.items()}
         for group, found in members.items()
     }
-    recipes["designed small"] = {"designed, width 0.7": _designed(6, (11, 22), 3.0)}
+    recipes["designed small"] = {"designed, width 0.7": _designed(6, (11, 22), epochs)}
     return recipes
 
 

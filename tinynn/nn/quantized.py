@@ -111,8 +111,8 @@ class WeightQuantizer(Quantizer):
         self.share = np.ones_like(scale)
         super().__init__(scale, -high, high)
         largest = self._largest(weights)
-        self.share = np.where(largest > 0, scale * high / np.maximum(largest, _SMALLEST), 1)
-        self.share = self.share.astype(scale.dtype)
+        known = np.where(largest > _SMALLEST, largest, scale * high)  # else any grid will do
+        self.share = (scale * high / known).astype(scale.dtype)
 
     def _largest(self, weights: Array) -> Array:
         axes = tuple(i for i, n in enumerate(self.low.shape) if n == 1)

@@ -1,0 +1,234 @@
+"""Compressing the small model: a tiny run, what is counted, and what is concluded from it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tinynn as tn
+from experiments import compress_small_findings as findings
+from experiments import compress_small_recipes as recipes
+from experiments.classify import Sets
+from experiments.compress_small import EXPERIMENT, on_dense_kernels
+from experiments.compress_small_costs import (
+    CACHE_BYTE,
+    DRAM_BYTE,
+    MULTIPLY_ADD,
+    Executable,
+    content,
+    costs,
+    deflated,
+    executed_multiply_adds,
+)
+from experiments.compress_small_figures import frontier
+from experiments.compress_small_steps import STEPS, carry_out
+from experiments.runner import Context, main
+from tinynn import nn
+from tinynn.compress import cluster, sparsify
+from tinynn.data import Dataset
+
+TINY = [
+    "--quick", "--images", "192", "--test-images", "60", "--batch", "64", "--threads", "1",
+    "--tuning", "0.5", "--epochs", "0.5",
+]  # fmt: skip
+
+
+def test_a_tiny_run_and_its_times_taken_again(tmp_path: Path) -> None:
+    flags = [*TINY, "--out", str(tmp_path), "--group", "dense", "weights", "designed small"]
+    assert main(EXPERIMENT, flags) == 0
+    first = json.loads((tmp_path / "result.json").read_text())
+    *runs, times = first["runs"]
+    assert [r["cell"] for r in runs] == list(times["batches"]["1"]) and len(runs) == 4
+    assert all(r["executed_as"] == "plan" for r in runs)
+    pruned = next(r for r in runs if r["cell"] == "weights 70 %, gradual")
+    dense = runs[0]
+    assert pruned["bytes"] < dense["bytes"] and pruned["non_zeros"] < dense["non_zeros"]
+    for r in runs:
+        assert r["deflated_bytes"] < r["bytes"] and r["content_bytes"] < r["bytes"]
+    sizes = {p.stat().st_size for p in (tmp_path / "runs" / "plans").iterdir()}
+    assert sizes == {r["bytes"] for r in runs}
+    with (tmp_path / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["top-1, %"]) for r in rows] == [
+        pytest.approx(100 * r["accuracy"], abs=0.01) for r in runs
+    ]
+    assert "dense" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "pareto.png").stat().st_size > 5000
+
+    assert main(EXPERIMENT, [*flags, "--resume", "--times", "2"]) == 0
+    second = json.loads((tmp_path / "result.json").read_text())
+    assert second["runs"][:-1] == runs and second["runs"][-1]["key"] != times["key"]
+
+
+def test_recipes_are_data_and_name_steps_that_there_are() -> None:
+    every = [recipes.published(1, 1), recipes.quick(1, 1), recipes.sweep()]
+    for groups in every:
+        names = [name for group in groups.values() for name in group]
+        assert len(names) == len(set(names))
+        for steps in (s for group in groups.values() for s in group.values()):
+            assert json.loads(json.dumps(steps)) == steps
+            assert {item["do"] for item in steps} <= STEPS.keys()
+    used = {i["do"] for g in every for m in g.values() for steps in m.values() for i in steps}
+    assert used == STEPS.keys()
+    twice = recipes.published(2, 1)["weights"]["weights 70 %, gradual"]
+    assert twice[-1]["epochs"] == 2 * recipes.PRUNED["epochs"]
+
+
+CONFIG: dict[str, Any] = {
+    "crop": 0, "pad": 0, "flip": False, "brightness": 0.0, "contrast": 0.0, "standardize": True,
+    "batch": 20, "optimizer": "sgd", "momentum": 0.9, "l2": 1e-3, "smoothing": 0.0,
+    "schedule": "constant", "evaluate_every": 1000, "steps": 0, "warmup": 0.0, "seed": 0,
+}  # fmt: skip
+
+
+def test_what_training_left_is_taken_up_with_its_masks_and_shared_values(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (40, 8, 8, 1)).astype(np.uint8)
+    data = Dataset("noise", images, np.arange(40) % 2, ("a", "b"))
+    head: list[dict[str, Any]] = [
+        {"do": "design", "stem": 4, "widths": [8]},
+        {"do": "train", "epochs": 1.0, "rate": 0.1, "sparsity": 0.6, "scope": "layer"},
+        {"do": "fold"},
+        {"do": "k-means", "entries": 4},
+        {"do": "train", "epochs": 1.0, "rate": 0.01},
+    ]
+    tail = [{"do": "train", "epochs": 2.0, "rate": 0.01}]
+
+    def make(steps: list[dict[str, Any]], where: str) -> nn.Module:
+        return carry_out(steps, Sets(data, data), CONFIG, Context(tmp_path / where / "run"))
+
+    whole = make(head + tail, "whole")
+    make(head, "parts")
+    assert len(list((tmp_path / "parts" / "stages").glob("*.safetensors"))) == 2
+    parts = make(head + tail, "parts")
+    ours, theirs = whole.state_dict(), parts.state_dict()
+    assert all(np.array_equal(ours[k], theirs[k]) for k in ours)
+    assert sparsify.density(parts) < 0.5
+    for _, p in parts.named_parameters():
+        if p.ndim > 1:
+            assert len(np.unique(p.data)) <= 4
+
+
+# --- costs ----------------------------------------------------------------------------------------
+
+
+def net() -> nn.Sequential:
+    rng = np.random.default_rng(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, rng=rng),
+        nn.ReLU(),
+        nn.PointwiseConv2d(16, 32, rng=rng),
+        nn.GlobalAvgPool2d(),
+        nn.Linear(32, 10, rng=rng),
+    )
+
+
+X = np.random.default_rng(1).normal(size=(1, 6, 6, 3)).astype(np.float32)
+MACS = 36 * 9 * 3 * 16 + 36 * 16 * 32 + 320
+
+
+def test_sparse_kernels_carry_out_what_is_stored_only() -> None:
+    slim = sparsify.weights(net(), sparsify.magnitude, sparsify.share(0.25))
+    plan = tn.compile(slim, X, choose={"2": "sparse"})
+    assert executed_multiply_adds(plan) == MACS - 36 * 16 * 32 * 3 // 4
+    by_blocks = sparsify.weights(net(), sparsify.magnitude, sparsify.blocks(0.25))
+    plan = tn.compile(by_blocks, X, choose={"2": "sparse4x1"})
+    assert executed_multiply_adds(plan) == MACS - 36 * 16 * 32 * 3 // 4
+    dense = on_dense_kernels(plan)
+    assert dense is not None and executed_multiply_adds(dense) == MACS == dense.macs
+    np.testing.assert_allclose(dense(X), plan(X), atol=1e-5)
+    assert on_dense_kernels(dense) is None
+
+
+def test_energy_is_what_the_published_costs_make_of_the_counts() -> None:
+    runs = Executable.of(net(), X)
+    c = costs(runs, X)
+    assert c["executed_as"] == "plan" and c["bytes"] == runs.plan.nbytes  # type: ignore[union-attr]
+    assert c["multiply_adds"] == c["executed_multiply_adds"] == MACS
+    joules = c["energy_joules"]
+    assert joules["arithmetic"] == pytest.approx(MACS * 4.6e-12)
+    assert joules["weights"] == pytest.approx(c["bytes"] * DRAM_BYTE) and DRAM_BYTE == 162.5e-12
+    moved = 2 * tn.count(net(), X).activation_bytes
+    assert joules["activations"] == pytest.approx(moved * CACHE_BYTE)
+    assert MULTIPLY_ADD["int8"] < MULTIPLY_ADD["float32"] / 10
+
+
+def test_a_model_that_no_plan_expresses_is_run_itself_and_said_to_be() -> None:
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(nn.AdditiveLinear(3, 4, rng=rng))
+    runs = Executable.of(model, X[0, 0])
+    c = costs(runs, X[0, 0])
+    assert c["executed_as"] == "model" and c["kernels"] is None
+    assert c["bytes"] == c["content_bytes"] == 4 * 20  # without a file around them
+    np.testing.assert_array_equal(runs(X[0, 0]), model(tn.Tensor(X[0, 0])).data)
+    assert c["energy_joules"]["arithmetic"] == pytest.approx(2 * 6 * 12 * 0.9e-12)
+
+
+def test_deflated_streams_come_near_their_entropy() -> None:
+    """Packed codes of a skewed book: DEFLATE sees one number a byte, not two in one."""
+    rng = np.random.default_rng(0)
+    weight = rng.choice(np.linspace(-1, 1, 16), (256, 256), p=[0.4, *[0.04] * 15])
+    model = nn.Sequential(nn.Linear(256, 256, bias=False, rng=rng))
+    model[0].weight.mutate()[...] = weight  # type: ignore[union-attr]
+    cluster.tie(model)
+    plan = tn.compile(model, np.ones((1, 256), np.float32), choose="dense")
+    p = np.unique(weight, return_counts=True)[1] / weight.size
+    entropy = -(p * np.log2(p)).sum() * weight.size / 8
+    assert content(plan) == weight.size // 2 + 64
+    assert entropy < deflated(plan) < 1.02 * entropy + 1000
+
+
+# --- conclusions ----------------------------------------------------------------------------------
+
+
+def test_the_frontier_is_what_none_beats() -> None:
+    points = {"a": (1.0, 50.0), "b": (2.0, 80.0), "c": (3.0, 70.0), "d": (4.0, 90.0), "e": (4, 85)}
+    assert frontier(points) == ["a", "b", "d"]
+
+
+def _cell(group: str, accuracy: float, ms: float, **other: Any) -> dict[str, Any]:
+    return {
+        "group": group, "accuracy_mean": accuracy, "ms_1": ms, "ms_64": 50 * ms, "bytes": 500_000,
+        "content_bytes": 490_000, "non_zeros": 130_000, "tuning_epochs": 0, "executed_as": "plan",
+        **other,
+    }  # fmt: skip
+
+
+def test_verdicts_follow_from_the_numbers() -> None:
+    cells = {
+        "dense": _cell("dense", 0.90, 0.3),
+        "weights 70 %, gradual": _cell(
+            "weights", 0.898, 0.2, non_zeros=40_000, tuning_epochs=3, ms_1_dense_kernels=0.3
+        ),
+        "low rank, error 0.001": _cell("low rank", 0.8, 0.2),
+        "int8, min-max": _cell("bits", 0.899, 0.1, bytes=125_000),
+        "designed, width 0.5": _cell("designed small", 0.88, 0.1, bytes=150_000),
+    }
+
+    def verdicts() -> list[str]:
+        return findings.findings({"cells": cells})
+
+    told = "\n".join(verdicts())
+    assert "REFUTED: pruning" in told and "loses +0.20 points" in told
+    assert "HOLDS: no factorisation" in told  # faster, but not at equal accuracy
+    assert "REFUTED: 8 bits" in told and "3.00 times" in told
+    assert "REFUTED: dense is faster" in told and "1.50 times" in told
+    assert "HOLDS: compressing beats designing small" in told and "1.90 points below" in told
+    assert "met: int8 file" in told and "MISSED" not in told
+
+    cells["low rank, error 0.001"]["accuracy_mean"] = 0.899
+    cells["weights 70 %, gradual"] |= {"accuracy_mean": 0.88, "ms_1_dense_kernels": 0.2}
+    cells["int8, min-max"] |= {"ms_1": 0.6, "bytes": 140_000}
+    cells["designed, width 0.5"]["accuracy_mean"] = 0.9
+    told = "\n".join(verdicts())
+    assert "HOLDS: pruning" in told and "REFUTED: no factorisation" in told
+    assert "HOLDS: 8 bits" in told and "HOLDS: dense is faster" in told
+    assert "REFUTED: compressing beats" in told
+    assert "MISSED: int8 file" in told and "MISSED: 70 %" in told
+    del cells["dense"]["ms_1"]
+    assert "No verdicts" in verdicts()[0]
