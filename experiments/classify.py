@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,9 @@ from experiments.runner import OPTIMIZERS, Context, Option, Record, Row, flag, s
 from tinynn import metrics, nn
 from tinynn.data import Augment, Dataset
 from tinynn.errors import ConfigError
+from tinynn.op import Array
 from tinynn.schedule import Constant, Cosine, MultiStep, Schedule
+from tinynn.train import Loss
 
 EVALUATION_BATCH = 250  #: images; divides the usual test sets
 
@@ -94,6 +96,27 @@ def schedule_of(config: Record, steps: int) -> Schedule:
     return Constant()
 
 
+class Taught:
+    """Batches (x, teacher(x)) of those of `data`: a model is to compute what another does.
+
+    Ba & Caruana 2014, "Do deep nets really need to be deep?", section 2.2, regress logits so.
+    """
+
+    def __init__(self, data: Any, teacher: Callable[[Array], Array]) -> None:
+        self.data, self.teacher = data, teacher
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[tuple[Array, Array]]:
+        for x, _ in self.data:
+            yield x, self.teacher(x)
+
+    def restart(self) -> None:
+        """Forget the epoch under way."""
+        self.data.restart()
+
+
 def train(
     model: nn.Module,
     sets: Sets,
@@ -101,15 +124,21 @@ def train(
     rng: np.random.Generator,
     context: Context,
     each_step: Callable[[int], None] | None = None,
+    teacher: Callable[[Array], Array] | None = None,
 ) -> Record:
     """Train and evaluate `model`; a checkpoint in `context.files` lets a run be taken up again.
 
+    `each_step` is called after every update with the number of steps so far. With a `teacher` the
+    labels are not read: its outputs for the same augmented images are what `model` is to give.
     `each_step` is called after every update with the number of steps so far.
     Returns the training's curve (a record an epoch), the seconds for which steps waited for images,
     and what `evaluate` gives.
     """
     augment = augmentation(config)
-    data = sets.train.batches(config["batch"], rng, augment, drop_last=True)
+    data: Any = sets.train.batches(config["batch"], rng, augment, drop_last=True)
+    loss: Loss = partial(tn.softmax_cross_entropy, smoothing=config["smoothing"])
+    if teacher is not None:
+        data, loss = Taught(data, teacher), tn.mse
     steps = round(config["epochs"] * len(data)) or config["steps"]
     if not steps:
         raise ConfigError(f"required {flag('epochs')} or {flag('steps')} above 0; came none")
@@ -134,7 +163,7 @@ def train(
     history = tn.fit(
         model,
         data,
-        loss=partial(tn.softmax_cross_entropy, smoothing=config["smoothing"]),
+        loss=loss,
         optimizer=optimizer,
         steps=steps,
         schedule=schedule_of(config, steps),

@@ -1,9 +1,10 @@
 """The recipes that `compress_small` carries out, by name: what is done to the trained model.
 
 `published` are those for the small CIFAR model, `quick` those for a tiny one, `sweep` the thesis'
-three thresholds against each other. Names say what is done; "tuned" ones are trained afterwards,
-"gradual" ones meanwhile; the table says for how many epochs. Code books and decimals come after
-batch norm was folded: folding scales each channel, so that equal weights would differ again.
+three thresholds against each other. Names say what is done; "tuned" models are trained afterwards,
+"gradual" ones meanwhile, to compute what the trained model computes; those "by labels" as that was
+trained. The table says for how many epochs. Code books and decimals come after batch norm was
+folded: folding scales each channel, so that equal weights would differ again.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ Record = dict[str, Any]
 Recipe = list[Record]
 
 MODEL = "experiments/results/small_cifar/model.safetensors"
-RATE = 0.02  #: at which fine-tuning begins
+RATE = 0.05  #: at which tuning begins
+LABELS_RATE = 0.02  #: by labels
 FOLDED_RATE = 0.002  #: without batch normalisation
+SHARED_RATE = 2e-5  #: of values that many weights share, whose gradients are summed
 CRITERIA = ("magnitude", "random", "taylor", "fisher", "brain damage")
 CHANNELS = ("l1", "l2", "scale", "count", "variance", "taylor", "fisher", "random")
 RANGES = ("min-max", "percentile", "squared error", "KL")
 #: stem, widths of the blocks
 DESIGNED = {
-    "0.7": (22, (45, 45, 45, 90, 90, 90)),
     "0.5": (16, (32, 32, 32, 64, 64, 64)),
     "0.35": (11, (22, 22, 22, 45, 45, 45)),
 }
@@ -42,24 +44,31 @@ def do(name: str, **settings: Any) -> Record:
     return {"do": name, **settings}
 
 
-def tune(epochs: float = 1.0, rate: float = RATE) -> Record:
-    """Fine-tuning."""
-    return do("train", epochs=epochs, rate=rate)
+def tune(epochs: float = 0.25, rate: float = RATE) -> Record:
+    """Training to compute what the model did before."""
+    return do("train", epochs=epochs, rate=rate, teacher=MODEL)
 
 
-def gradually(sparsity: float, epochs: float = 3.0) -> Record:
-    """Fine-tuning during which weights are pruned, the smallest of all layers together."""
-    return do("train", epochs=epochs, rate=RATE, sparsity=sparsity, scope="global")
+def by_labels(steps: Recipe) -> Recipe:
+    """The same, trained by labels."""
+    return [{k: v for k, v in item.items() if k != "teacher"} for item in steps]
 
 
-PRUNED, MORE_PRUNED = gradually(0.7), gradually(0.9)
-SLIM = [do("channels", importance="l2", kept=0.7), tune(2.0, 0.05)]
+def gradually(sparsity: float, epochs: float) -> Record:
+    """Tuning during which weights are pruned, the smallest of all layers together."""
+    return {**tune(epochs), "sparsity": sparsity, "scope": "global"}
+
+
+PRUNED, MORE_PRUNED = gradually(0.7, 2.0), gradually(0.9, 1.0)
+SLIM = [do("channels", importance="l2", kept=0.7), tune(1.0)]
 
 
 def published(tuning: float, epochs: float) -> dict[str, dict[str, Recipe]]:
     """Recipes by group and name; `tuning` stretches all fine-tuning, `epochs` trains designs."""
     groups: dict[str, dict[str, Recipe]] = {
-        "dense": {"dense": [], "dense, tuned": [tune()]},
+        "dense": {
+            "dense": [], "dense, by labels": by_labels([tune(1.0, LABELS_RATE)])
+        },
         "weights": _weights(),
         "channels": _channels(),
         "low rank": {
@@ -68,7 +77,7 @@ def published(tuning: float, epochs: float) -> dict[str, dict[str, Recipe]]:
             "low rank, energy 0.9, cheapest form": [
                 do("low rank", by="energy", value=0.9, form="cheapest"), ANEW
             ],
-            "low rank, energy 0.9, tuned": [do("low rank", by="energy", value=0.9), tune(0.5)],
+            "low rank, energy 0.9, tuned": [do("low rank", by="energy", value=0.9), tune()],
         },
         "code books": {
             "3 decimals": [FOLD, do("round", decimals=3)],
@@ -76,12 +85,12 @@ def published(tuning: float, epochs: float) -> dict[str, dict[str, Recipe]]:
             "16 values": [FOLD, do("k-means", entries=16)],
             "16 values a channel": [FOLD, do("k-means", entries=16, per="channel")],
             "8 values": [FOLD, do("k-means", entries=8)],
-            "8 values, tuned": [FOLD, do("k-means", entries=8), tune(0.5, FOLDED_RATE)],
+            "8 values, tuned": [FOLD, do("k-means", entries=8), tune(0.25, SHARED_RATE)],
         },
         "bits": _bits(),
         "combined": _combined(),
         "ef-operator": {
-            "ef-operator at the end, tuned": [do("additive", pointwise=False), tune(0.5)]
+            "ef-operator at the end, tuned": [do("additive", pointwise=False), tune()]
         },
     }  # fmt: skip
     head = [do("load", path=MODEL)]
@@ -106,13 +115,16 @@ def _weights() -> dict[str, Recipe]:
         "weights 50 % of each layer, magnitude": [do("weights", kept=0.5), ANEW],
         "weights 50 %, magnitude, statistics old": [do("weights", kept=0.5, scope="global")],
         "weights below the mean": [do("threshold", width=0.0), ANEW],
-        "weights 70 %, one shot, tuned": [do("weights", kept=0.3, scope="global"), tune()],
-        "weights 70 %, two rounds, tuned": [
-            do("weights", kept=0.3**0.5, scope="global"), tune(0.5),
-            do("weights", kept=0.3, scope="global"), tune(0.5),
-        ],
         "weights 70 %, gradual": [PRUNED],
         "weights 90 %, gradual": [MORE_PRUNED],
+        "weights 70 %, one shot, by labels": [
+            do("weights", kept=0.3, scope="global"), *by_labels([tune(1.0, LABELS_RATE)])
+        ],
+        "weights 70 %, one shot, tuned": [do("weights", kept=0.3, scope="global"), tune(0.5)],
+        "weights 70 %, two rounds, tuned": [
+            do("weights", kept=0.3**0.5, scope="global"), tune(0.25),
+            do("weights", kept=0.3, scope="global"), tune(0.25),
+        ],
         "2 of 4 weights, tuned": [do("n of m", n=2, m=4), tune()],
         "4x1 blocks 70 %, tuned": [do("4x1", kept=0.3), tune()],
     }  # fmt: skip
@@ -141,7 +153,7 @@ def _bits() -> dict[str, Recipe]:
         "int8, one scale a layer": [do("int8", ranges="min-max", per_channel=False)],
         "int8, tuned": [
             do("int8", ranges="min-max"), do("train ranges", ranges="running"),
-            tune(0.5, FOLDED_RATE),
+            tune(0.25, FOLDED_RATE),
         ],
         "4 bits, plain": [do("4 bits", clip=False, allocate=False, correct=False)],
         "4 bits, clipped": [do("4 bits", clip=True, allocate=False, correct=False)],
@@ -150,7 +162,7 @@ def _bits() -> dict[str, Recipe]:
         "4 bits": [do("4 bits")],
         "4 bits, tuned": [
             do("4 bits", allocate=False), do("train ranges", ranges="learned"),
-            tune(0.5, FOLDED_RATE),
+            tune(0.25, FOLDED_RATE),
         ],
     }  # fmt: skip
 
@@ -163,7 +175,7 @@ def _combined() -> dict[str, Recipe]:
         "70 % pruned, 16 values": [PRUNED, *clustered],
         "70 % pruned, 16 values, float16": [PRUNED, *clustered, FLOAT16],
         "70 % pruned, 16 values, tuned, float16": [
-            PRUNED, *clustered, tune(0.5, FOLDED_RATE), FLOAT16
+            PRUNED, *clustered, tune(0.25, SHARED_RATE), FLOAT16
         ],
         "90 % pruned, 16 values, float16": [MORE_PRUNED, *clustered, FLOAT16],
         "70 % pruned, int8": [PRUNED, int8],
@@ -187,33 +199,34 @@ def _stretched(steps: Iterable[Record], factor: float) -> Recipe:
 def quick(tuning: float, epochs: float) -> dict[str, dict[str, Recipe]]:
     """A few of each kind, on a tiny network that is trained for `epochs` first."""
     base = _designed(8, (16, 32), epochs)
-    short, folded = tune(0.5), tune(0.5, FOLDED_RATE)
     clustered = [FOLD, do("k-means", entries=16)]
-    slim = [do("channels", importance="taylor", kept=0.7), short]
+    gradual = gradually(0.7, 1.0)
     members: dict[str, dict[str, Recipe]] = {
         "dense": {"dense": []},
         "weights": {
             "weights 50 %, magnitude": [do("weights", kept=0.5)],
-            "weights 70 %, gradual": [gradually(0.7, 1.0)],
+            "weights 70 %, gradual": [gradual],
         },
-        "channels": {"channels 30 %, taylor, tuned": slim},
+        "channels": {
+            "channels 30 %, taylor, tuned": [do("channels", importance="taylor", kept=0.7), tune()]
+        },
         "low rank": {"low rank, error 0.001": [do("low rank", by="error", value=1e-3), ANEW]},
-        "code books": {"16 values, tuned": [*clustered, folded]},
+        "code books": {"16 values, tuned": [*clustered, tune(0.5, SHARED_RATE)]},
         "bits": {
             "float16": [FLOAT16],
             "int8, min-max": [do("int8", ranges="min-max")],
             "4 bits": [do("4 bits")],
         },
         "combined": {"70 % pruned, 16 values, float16": [
-            gradually(0.7, 1.0), *clustered, FLOAT16
+            gradual, *clustered, FLOAT16
         ]},
         "ef-operator": {
-            "ef-operator at the end, tuned": [do("additive", pointwise=False), short],
+            "ef-operator at the end, tuned": [do("additive", pointwise=False), tune()],
         },
         "designed small": {},
     }  # fmt: skip
     recipes: dict[str, dict[str, Recipe]] = {
-        group: {name: base + _stretched(steps, tuning) for name, steps in found.items()}
+        group: {name: base + by_labels(_stretched(steps, tuning)) for name, steps in found.items()}
         for group, found in members.items()
     }
     recipes["designed small"] = {"designed, width 0.7": _designed(6, (11, 22), epochs)}

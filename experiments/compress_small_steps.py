@@ -110,10 +110,13 @@ def _design(shop: Workshop, model: Module, step: Record) -> Module:
 
 @step("train")
 def _train(shop: Workshop, model: Module, step: Record) -> Module:
-    """Training from `rate` on; with `sparsity`, weights are pruned gradually in its first half."""
+    """Training from `rate` on, by labels or by the `teacher` at that path.
+
+    With `sparsity`, weights are pruned gradually in the first three quarters of it.
+    """
     settings = {**shop.config, "epochs": step["epochs"], "lr": step["rate"]}
     steps = round(step["epochs"] * (len(shop.sets.train) // settings["batch"]))
-    gradual = None
+    gradual = teacher = None
     if "sparsity" in step:
         gradual = sparsify.Gradual(
             model,
@@ -122,9 +125,12 @@ def _train(shop: Workshop, model: Module, step: Record) -> Module:
             every=max(1, steps // 40),
             keep=partial(sparsify.share, scope=step["scope"]),
         )
+    if "teacher" in step:
+        teacher = tn.compile(tn.load(model_file(step["teacher"])), shop.example)
+        settings["l2"] = 0.0  # what the teacher computes is not to be made smaller
     # the accuracy that counts is measured at the end, on all images
     sets = shop.sets._replace(test=shop.sets.test.take(1000))
-    classify.train(model, sets, settings, shop.rng, shop.context, each_step=gradual)
+    classify.train(model, sets, settings, shop.rng, shop.context, gradual, teacher)
     return model
 
 

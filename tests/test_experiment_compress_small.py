@@ -30,7 +30,7 @@ from experiments.compress_small_steps import STEPS, carry_out
 from experiments.runner import Context, main
 from tinynn import nn
 from tinynn.compress import cluster, sparsify
-from tinynn.data import Dataset
+from tinynn.data import Augment, Dataset
 
 TINY = [
     "--quick", "--images", "192", "--test-images", "60", "--batch", "64", "--threads", "1",
@@ -156,6 +156,26 @@ def test_energy_is_what_the_published_costs_make_of_the_counts() -> None:
     moved = 2 * tn.count(net(), X).activation_bytes
     assert joules["activations"] == pytest.approx(moved * CACHE_BYTE)
     assert MULTIPLY_ADD["int8"] < MULTIPLY_ADD["float32"] / 10
+
+
+def test_a_taught_model_is_trained_towards_its_teacher(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (60, 8, 8, 1)).astype(np.uint8)
+    data = Dataset("noise", images, np.arange(60) % 2, ("a", "b"))
+    teacher = {"do": "design", "stem": 4, "widths": [8]}, {"do": "fold"}
+    sets, context = Sets(data, data), Context(tmp_path / "run")
+    model = carry_out(list(teacher), sets, CONFIG, context)
+    tn.save(tmp_path / "teacher.safetensors", model)
+    load = {"do": "load", "path": str(tmp_path / "teacher.safetensors")}
+    hurt: list[dict[str, Any]] = [load, {"do": "weights", "kept": 0.5}]
+    tune = {"do": "train", "epochs": 10.0, "rate": 0.02, "teacher": load["path"]}
+
+    def far(recipe: list[dict[str, Any]]) -> float:
+        x = Augment(standardize=True)(images)
+        found = carry_out(recipe, sets, CONFIG, context)
+        return float(np.abs(found(tn.Tensor(x)).data - model(tn.Tensor(x)).data).mean())
+
+    assert far([load]) == 0 and far([*hurt, tune]) < 0.5 * far(hurt)
 
 
 def test_a_model_that_no_plan_expresses_is_run_itself_and_said_to_be() -> None:
