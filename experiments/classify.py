@@ -112,6 +112,11 @@ class Taught:
         for x, _ in self.data:
             yield x, self.teacher(x)
 
+    @property
+    def waited(self) -> float:
+        """Seconds for which images were waited for."""
+        return self.data.waited
+
     def restart(self) -> None:
         """Forget the epoch under way."""
         self.data.restart()
@@ -130,7 +135,6 @@ def train(
 
     `each_step` is called after every update with the number of steps so far. With a `teacher` the
     labels are not read: its outputs for the same augmented images are what `model` is to give.
-    `each_step` is called after every update with the number of steps so far.
     Returns the training's curve (a record an epoch), the seconds for which steps waited for images,
     and what `evaluate` gives.
     """

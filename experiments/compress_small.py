@@ -60,7 +60,7 @@ _SHARED = (
 )  # fmt: skip
 OPTIONS: dict[str, Option] = {name: classify.OPTIONS[name] for name in _SHARED} | {
     "tuning": Option(1.0, 5.0, "a factor on the epochs of every fine-tuning", above=0),
-    "epochs": Option(4.0, 48.0, "epochs of the networks that are designed small", above=0),
+    "epochs": Option(3.0, 48.0, "epochs of the networks that are designed small", above=0),
 }
 
 PUBLISHED = {

@@ -23,7 +23,7 @@ import tinynn as tn
 from experiments.runner import Record
 from kernels.codebook import unpack_bits
 from tinynn.compress import integers
-from tinynn.deploy.file import to_file
+from tinynn.deploy.file import describe
 from tinynn.errors import CompileError
 from tinynn.nn.module import Module
 from tinynn.nn.quantized import ActivationQuantizer, DynamicQuantizer
@@ -88,7 +88,7 @@ def costs(runs: Executable, example: Array) -> Record:
 
 def content(plan: tn.Plan) -> int:
     """The bytes of the plan's numbers alone, packed as in its file: without its list of layers."""
-    return sum(a.nbytes for a in to_file(plan.network)[0].values())
+    return len(describe(plan.network)[1])
 
 
 def executed_multiply_adds(plan: tn.Plan) -> int:
@@ -147,17 +147,20 @@ def deflated(plan: tn.Plan) -> int:
     numbers: the last stage of Han, Mao & Dally 2016, "Deep Compression", section 4. What gets no
     smaller stays as it is. No file is written so: it is what storage or a download could save.
     """
-    arrays, metadata = to_file(plan.network)
-    streams = {name: a.tobytes() for name, a in arrays.items()}
-    for head in _forms(json.loads(metadata["plan"])):
-        inner = head.get("inner", head)
-        for part, described in (("gaps", head), ("codes", inner)):
-            if part in head["parts"]:
-                name, bits = head["parts"][part], described["bits"]
-                count = arrays[name].size * 8 // bits
-                streams[name] = unpack_bits(arrays[name], bits, count).tobytes()
-    smallest = (min(arrays[name].nbytes, _deflated(s)) for name, s in streams.items())
-    return sum(smallest) + sum(_deflated(text.encode()) for text in metadata.values())
+    text, data = describe(plan.network)
+    total, seen = _deflated(text.encode()), set()
+    for head in _forms(json.loads(text)):
+        for part, (dtype, start, count) in head["parts"].items():
+            if start not in seen:
+                seen.add(start)
+                stream = data[start : start + np.dtype(dtype).itemsize * count]
+                bits = (head if part == "gaps" else head.get("inner", head)).get("bits", 8)
+                apart = stream
+                if part in ("gaps", "codes") and bits < 8:
+                    packed = np.frombuffer(stream, np.uint8)
+                    apart = unpack_bits(packed, bits, packed.size * 8 // bits).tobytes()
+                total += min(len(stream), _deflated(apart))
+    return total
 
 
 def _deflated(stream: bytes) -> int:

@@ -193,13 +193,14 @@ def _accuracy_aims(cells: dict[str, Record], dense: Record) -> Iterable[str]:
     pruned = [n for n in cells if n.startswith("weights 70 %")]
     for what, names, most in (
         ("fixed-point int8", [f"int8, {name}" for name in RANGES], 0.3),
-        ("4 bits", ["4 bits", "4 bits, clipped", "4 bits, tuned"], 2.0),
+        ("4 bits", [n for n in cells if n.startswith("4 bits")], 2.0),
         ("70 % of the weights pruned", pruned, 0.5),
     ):
         found = {n: _lost(cells[n], dense) for n in names if n in cells}
         if found:
             best = min(found, key=lambda n: found[n])
-            yield _aim(f"{what}: points lost", found[best], most, best)
+            kilobytes = cells[best]["bytes"] / 1e3
+            yield _aim(f"{what}: points lost", found[best], most, f"{best}, {kilobytes:.1f} kB")
 
 
 def _file_aims(cells: dict[str, Record], dense: Record) -> Iterable[str]:
@@ -210,14 +211,21 @@ def _file_aims(cells: dict[str, Record], dense: Record) -> Iterable[str]:
         return c["bytes"] / c["content_bytes"] - 1
 
     aims: tuple[tuple[str, str, Callable[[Record], float], float], ...] = (
-        ("int8 file, of float32's", "int8, min-max", ratio, 0.26),
+        ("int8 file, of float32's", "int8, ", ratio, 0.26),
         ("4-bit file, of float32's", "4 bits", ratio, 0.14),
         ("90 % sparse file, of float32's", "weights 90 %, gradual", ratio, 0.14),
         ("code book file beyond its content", "16 values", overhead, 0.03),
     )
-    for what, name, value, most in aims:
-        if name in cells and cells[name]["executed_as"] == "plan":
-            yield _aim(what, value(cells[name]), most, name)
+    for what, start, value, most in aims:
+        found = {n: value(c) for n, c in cells.items() if n.startswith(start) and _is_plan(c)}
+        if found:
+            best = min(found, key=lambda n: found[n])
+            lost = _lost(cells[best], dense)
+            yield _aim(what, found[best], most, f"{best}, which loses {lost:+.2f} points")
+
+
+def _is_plan(cell: Record) -> bool:
+    return cell["executed_as"] == "plan"
 
 
 def _aim(what: str, value: float, most: float, name: Any) -> str:

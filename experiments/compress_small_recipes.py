@@ -59,7 +59,9 @@ def gradually(sparsity: float, epochs: float) -> Record:
     return {**tune(epochs), "sparsity": sparsity, "scope": "global"}
 
 
-PRUNED, MORE_PRUNED = gradually(0.7, 2.0), gradually(0.9, 1.0)
+PRUNED = [gradually(0.7, 2.0), tune(2.0)]
+MORE_PRUNED = [gradually(0.9, 1.0), tune(1.0)]
+NIBBLES = do("4 bits", clip=False, allocate=False, scales=8)
 SLIM = [do("channels", importance="l2", kept=0.7), tune(1.0)]
 
 
@@ -115,8 +117,8 @@ def _weights() -> dict[str, Recipe]:
         "weights 50 % of each layer, magnitude": [do("weights", kept=0.5), ANEW],
         "weights 50 %, magnitude, statistics old": [do("weights", kept=0.5, scope="global")],
         "weights below the mean": [do("threshold", width=0.0), ANEW],
-        "weights 70 %, gradual": [PRUNED],
-        "weights 90 %, gradual": [MORE_PRUNED],
+        "weights 70 %, gradual": PRUNED,
+        "weights 90 %, gradual": MORE_PRUNED,
         "weights 70 %, one shot, by labels": [
             do("weights", kept=0.3, scope="global"), *by_labels([tune(1.0, LABELS_RATE)])
         ],
@@ -126,7 +128,7 @@ def _weights() -> dict[str, Recipe]:
             do("weights", kept=0.3, scope="global"), tune(0.25),
         ],
         "2 of 4 weights, tuned": [do("n of m", n=2, m=4), tune()],
-        "4x1 blocks 70 %, tuned": [do("4x1", kept=0.3), tune()],
+        "4x1 blocks 50 %, tuned": [do("4x1", kept=0.5), tune(0.5)],
     }  # fmt: skip
 
 
@@ -151,6 +153,7 @@ def _bits() -> dict[str, Recipe]:
         "int8, dynamic": [do("dynamic")],
         **{f"int8, {name}": [do("int8", ranges=name)] for name in RANGES},
         "int8, one scale a layer": [do("int8", ranges="min-max", per_channel=False)],
+        "int8, four scales a layer": [do("int8", ranges="min-max", scales=4)],
         "int8, tuned": [
             do("int8", ranges="min-max"), do("train ranges", ranges="running"),
             tune(0.25, FOLDED_RATE),
@@ -160,10 +163,8 @@ def _bits() -> dict[str, Recipe]:
         "4 bits, allocated": [do("4 bits", clip=False, allocate=True, correct=False)],
         "4 bits, corrected": [do("4 bits", clip=False, allocate=False, correct=True)],
         "4 bits": [do("4 bits")],
-        "4 bits, tuned": [
-            do("4 bits", allocate=False), do("train ranges", ranges="learned"),
-            tune(0.25, FOLDED_RATE),
-        ],
+        "4 bits, eight scales a layer": [NIBBLES],
+        "4 bits, eight scales a layer, tuned": [NIBBLES, tune(0.25, FOLDED_RATE)],
     }  # fmt: skip
 
 
@@ -171,18 +172,19 @@ def _combined() -> dict[str, Recipe]:
     clustered = [FOLD, do("k-means", entries=16)]
     int8 = do("int8", ranges="min-max")
     return {
-        "70 % pruned, float16": [PRUNED, FLOAT16],
-        "70 % pruned, 16 values": [PRUNED, *clustered],
-        "70 % pruned, 16 values, float16": [PRUNED, *clustered, FLOAT16],
+        "70 % pruned, float16": [*PRUNED, FLOAT16],
+        "70 % pruned, 16 values": [*PRUNED, *clustered],
+        "70 % pruned, 16 values, float16": [*PRUNED, *clustered, FLOAT16],
         "70 % pruned, 16 values, tuned, float16": [
-            PRUNED, *clustered, tune(0.25, SHARED_RATE), FLOAT16
+            *PRUNED, *clustered, tune(0.25, SHARED_RATE), FLOAT16
         ],
-        "90 % pruned, 16 values, float16": [MORE_PRUNED, *clustered, FLOAT16],
-        "70 % pruned, int8": [PRUNED, int8],
-        "90 % pruned, int8": [MORE_PRUNED, int8],
+        "90 % pruned, 16 values, float16": [*MORE_PRUNED, *clustered, FLOAT16],
+        "70 % pruned, int8": [*PRUNED, int8],
+        "90 % pruned, int8": [*MORE_PRUNED, int8],
         "30 % of channels off, 16 values, float16": [*SLIM, *clustered, FLOAT16],
         "30 % of channels off, int8": [*SLIM, int8],
-        "30 % of channels off, 4 bits": [*SLIM, do("4 bits")],
+        "30 % of channels off, 4 bits": [*SLIM, NIBBLES],
+        "70 % pruned, 4 bits": [*PRUNED, NIBBLES],
     }  # fmt: skip
 
 
@@ -215,7 +217,7 @@ def quick(tuning: float, epochs: float) -> dict[str, dict[str, Recipe]]:
         "bits": {
             "float16": [FLOAT16],
             "int8, min-max": [do("int8", ranges="min-max")],
-            "4 bits": [do("4 bits")],
+            "4 bits": [NIBBLES],
         },
         "combined": {"70 % pruned, 16 values, float16": [
             gradual, *clustered, FLOAT16

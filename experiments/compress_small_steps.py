@@ -268,7 +268,9 @@ def _int8(shop: Workshop, model: Module, step: Record) -> Module:
         "squared error": calibrate.mse,
         "KL": calibrate.kl,
     }
-    scheme = quantize.Scheme(per_channel=step.get("per_channel", True))
+    scheme = quantize.Scheme(
+        per_channel=step.get("per_channel", True), scales=step.get("scales", 0)
+    )
     data = shop.batches(SEEN, SEEN * WATCHED)
     return quantize.int8(model, data, ranges=ranges[step["ranges"]], scheme=scheme)
 
@@ -281,6 +283,7 @@ def _four_bits(shop: Workshop, model: Module, step: Record) -> Module:
         clip=None if step.get("clip", True) else calibrate.largest,
         allocate=step.get("allocate", True),
         correct=step.get("correct", True),
+        scales=step.get("scales", 0),
     )
 
 

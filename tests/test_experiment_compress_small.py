@@ -76,7 +76,7 @@ def test_recipes_are_data_and_name_steps_that_there_are() -> None:
     used = {i["do"] for g in every for m in g.values() for steps in m.values() for i in steps}
     assert used == STEPS.keys()
     twice = recipes.published(2, 1)["weights"]["weights 70 %, gradual"]
-    assert twice[-1]["epochs"] == 2 * recipes.PRUNED["epochs"]
+    assert twice[-1]["epochs"] == 2 * recipes.PRUNED[-1]["epochs"]
 
 
 CONFIG: dict[str, Any] = {
@@ -199,7 +199,7 @@ def test_deflated_streams_come_near_their_entropy() -> None:
     plan = tn.compile(model, np.ones((1, 256), np.float32), choose="dense")
     p = np.unique(weight, return_counts=True)[1] / weight.size
     entropy = -(p * np.log2(p)).sum() * weight.size / 8
-    assert content(plan) == weight.size // 2 + 64
+    assert weight.size // 2 + 64 <= content(plan) <= weight.size // 2 + 64 + 4 * 256
     assert entropy < deflated(plan) < 1.02 * entropy + 1000
 
 

@@ -535,3 +535,22 @@ def test_the_honest_size() -> None:
     each = [-(-60 * int((bits == b).sum()) * int(b) // 8) for b in np.unique(bits)]
     assert allocated["layer.2.weight"].nbytes == sum(each)
     assert all(a.dtype != np.float64 for a in allocated.values())
+
+
+def test_layers_with_few_scales_take_fewer_bytes_and_lose_little() -> None:
+    model = net()
+    own, few = (
+        quantize.int8(model, [images(40)], scheme=quantize.Scheme(scales=n)) for n in (0, 2)
+    )
+    for _, m in few.named_modules():
+        if isinstance(m, WeightQuantizer):
+            assert len(np.unique(m.scale)) <= 2
+    example = images(1)
+    wide, narrow = (tn.compile(m, example).nbytes for m in (own, few))
+    assert narrow < wide
+    assert noise(few, model, images(20, 5)) < 2 * noise(own, model, images(20, 5)) + 0.01
+    corrected = quantize.low_bit(model, [images(40)], scales=2, allocate=False)
+    scales = [m.scale for _, m in corrected.named_modules() if isinstance(m, WeightQuantizer)]
+    assert all(len(np.unique(s)) <= 2 for s in scales)
+    with pytest.raises(ConfigError, match="scales"):
+        quantize.Scheme(scales=-1)

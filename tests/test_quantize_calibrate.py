@@ -256,3 +256,14 @@ def test_allocated_bits_lower_the_error_of_the_whole() -> None:
     bits = calibrate.allocate(np.abs(weights).max(axis=0), 4)
     assert (2.0**bits).sum() <= 64 * 16 * 1.2
     assert error(bits) < error(np.full(64, 4))
+
+
+@given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=40), st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_shared_scales_are_few_and_cut_nothing(scales: list[float], count: int) -> None:
+    before = np.array(scales)
+    after = calibrate.shared(before, count)
+    assert len(np.unique(after)) <= count
+    assert (after >= before * (1 - 1e-12)).all() and after.max() == before.max()
+    widest = (before.max() / before.min()) ** (1 / count)
+    assert (after <= before * widest * (1 + 1e-9)).all()

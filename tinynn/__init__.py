@@ -2,7 +2,22 @@
 
 from kernels._jit import get_threads, max_threads, set_threads
 from tinynn import data, graph, init, nn, onnx, ops, profile, schedule
-from tinynn.compress import calibrate, distort, importance, merge, prune, quantize, select
+from tinynn.compress import (
+    blocks,
+    calibrate,
+    cluster,
+    distort,
+    factorize,
+    fold_batchnorm,
+    importance,
+    merge,
+    prune,
+    quantize,
+    reestimate,
+    saliency,
+    select,
+    sparsify,
+)
 from tinynn.count import Count, count
 from tinynn.data import Batches
 from tinynn.deploy import Plan, compile
@@ -40,8 +55,10 @@ __all__ = [
     "RMSProp",
     "Tensor",
     "accuracy",
+    "blocks",
     "calibrate",
     "clip_gradients",
+    "cluster",
     "compile",
     "converged",
     "count",
@@ -49,8 +66,10 @@ __all__ = [
     "distort",
     "evaluate",
     "explain",
+    "factorize",
     "find_non_finite",
     "fit",
+    "fold_batchnorm",
     "get_threads",
     "gradcheck",
     "graph",
@@ -69,12 +88,15 @@ __all__ = [
     "profile",
     "prune",
     "quantize",
+    "reestimate",
     "rmse",
+    "saliency",
     "save",
     "schedule",
     "select",
     "set_threads",
     "softmax_cross_entropy",
+    "sparsify",
     "statistics",
     "use_variant",
 ]

@@ -219,6 +219,20 @@ def allocate(widths: Array, bits: int, *, least: int = 2, most: int = 8) -> Arra
     return np.clip(np.rint(np.log2(np.maximum(levels, 1))), least, most).astype(np.int64)
 
 
+def shared(scales: Array, count: int) -> Array:
+    """Each scale's next larger one among `count` in geometric series, the largest of all included.
+
+    Nothing that the old grids reached is cut; steps grow by (largest / smallest)^(1 / count) at the
+    most. `scales` (N,) are above 0.
+    """
+    top, octaves = scales.max(), np.log2(scales.max() / scales.min())
+    if octaves == 0:
+        return scales
+    step = octaves / count
+    below = np.clip(np.floor(np.log2(top / scales) / step), 0, count - 1)
+    return top * 2.0 ** (-below * step)
+
+
 # --- the optimal cut of a distribution ------------------------------------------------------------
 
 

@@ -71,6 +71,10 @@ class Scheme:
     where a channel's grid ends. With `allocate`, channels get different numbers of bits. With
     `correct`, the rounded weights of each channel are scaled to the deviation that they had, and
     the bias takes back what the rounding does to the mean of the result.
+
+    With `scales`, the channels of a layer have at most so many different ones (0: any number), each
+    the next larger of a geometric series: in a file, a code and a short book for 4 bytes a channel.
+    Then `correct` leaves deviations as they are.
     """
 
     bits: int = 8
@@ -79,8 +83,11 @@ class Scheme:
     clip: calibrate.Clip = calibrate.largest
     allocate: bool = False
     correct: bool = False
+    scales: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.scales, int) or self.scales < 0:
+            raise ConfigError(f"quantize: required scales >= 0, a number; came {self.scales!r}")
         if not all(b in range(2, 9) for b in (self.bits, self.first_last)):
             raise ConfigError(
                 f"quantize: required weights of 2 ... 8 bits; came {self.bits}, {self.first_last}"
@@ -182,16 +189,21 @@ def low_bit(
     ranges: calibrate.Range | None = None,
     allocate: bool = True,
     correct: bool = True,
+    scales: int = 0,
 ) -> Module:
     """`int8` with fewer bits, and what makes that bearable (Banner et al. 2019), each switchable.
 
     Weights are cut by `clip` (ACIQ unless given), channels get bits by their range with `allocate`,
-    and their moments are restored with `correct`. Activations are cut by `ranges`: ACIQ unless
-    given where they have less than 8 bits, else from the smallest number to the largest. The first
-    and the last layer's weights have 8 bits.
+    and their moments are restored with `correct`; `scales` as for `Scheme`. Activations are cut by
+    `ranges`: ACIQ unless given where they have less than 8 bits, else from the smallest number to
+    the largest. The first and the last layer's weights have 8 bits.
     """
     scheme = Scheme(
-        bits=weights, clip=clip or calibrate.weights_aciq(), allocate=allocate, correct=correct
+        bits=weights,
+        clip=clip or calibrate.weights_aciq(),
+        allocate=allocate,
+        correct=correct,
+        scales=scales,
     )
     default = calibrate.minmax if activations == 8 else calibrate.aciq()
     return int8(model, data, ranges=ranges or default, scheme=scheme, activations=activations)
@@ -240,8 +252,10 @@ def _weights(
         bias = np.abs(module.bias.data.astype(np.float64))
         least = (bias if scheme.per_channel else bias.max()) / (x_scale * 2.0**30)
         scale = np.maximum(scale, least)
+    if scheme.scales:
+        scale = calibrate.shared(scale, scheme.scales)
     before, correct = weight.data.astype(np.float64), scheme.correct and not edge
-    if correct:  # weights and scale alike: the integers stay
+    if correct and not scheme.scales:  # weights and scale alike: the integers stay
         factor = _deviation(columns, scale, high)
         scale = scale * factor
         share = by_channel(factor, module) if scheme.per_channel else factor
