@@ -545,12 +545,17 @@ def test_layers_with_few_scales_take_fewer_bytes_and_lose_little() -> None:
     for _, m in few.named_modules():
         if isinstance(m, WeightQuantizer):
             assert len(np.unique(m.scale)) <= 2
-    example = images(1)
-    wide, narrow = (tn.compile(m, example).nbytes for m in (own, few))
-    assert narrow < wide
     assert noise(few, model, images(20, 5)) < 2 * noise(own, model, images(20, 5)) + 0.01
     corrected = quantize.low_bit(model, [images(40)], scales=2, allocate=False)
     scales = [m.scale for _, m in corrected.named_modules() if isinstance(m, WeightQuantizer)]
     assert all(len(np.unique(s)) <= 2 for s in scales)
+    rng = np.random.default_rng(0)
+    broad = nn.Sequential(nn.Linear(4, 512, rng=rng), nn.ReLU(), nn.Linear(512, 2, rng=rng))
+    x = rng.normal(size=(8, 4)).astype(np.float32)
+    wide, narrow = (
+        tn.compile(quantize.int8(broad, [x], scheme=quantize.Scheme(scales=n)), x[:1]).nbytes
+        for n in (0, 4)
+    )
+    assert narrow < wide - 512 * 3
     with pytest.raises(ConfigError, match="scales"):
         quantize.Scheme(scales=-1)
