@@ -39,9 +39,9 @@ _FOLDED_BYTES = 2 * 1024  # of a folded row of a large array at most: its sums a
 
 # --- chunks of rows -------------------------------------------------------------------------------
 #
-# X, Y, G, D are flat, (R - 1) F < size <= R F. Rows of V, part and total have P elements, F rounded
-# up to whole tiles. A few rows at a time, which stay in the first-level cache, are gone through
-# tile by tile. In tails, what is masked off is 0.
+# X, Y, G, D are gone through as if flat, (R - 1) F < size <= R F. Rows of V, part and total have P
+# elements, F rounded up to whole tiles. A few rows at a time, which stay in the first-level cache,
+# are gone through tile by tile. In tails, what is masked off is 0.
 
 
 @jit
@@ -209,15 +209,19 @@ def _grad_scaled(G, X, gated, F, c, chunks, step, V, D):
 
 
 @jit
-def _near_mean(X, C, shift):
-    # shift[i] = mean over some rows, spread evenly, of column i modulo C; 0 if not finite;  (P,)
-    rows = X.size // C
+def _near_mean(X, sums, shift):
+    # shift[i] = mean over some rows, spread evenly, of column i modulo C; 0 if not finite
+    # X (M, C), sums (P,) float64 scratch, shift (P,)
+    rows, C = X.shape
     count = min(rows, _SHIFT_ROWS)
     for c in range(C):
-        t = 0.0
-        for k in range(count):
-            t += X[k * rows // count * C + c]
-        t /= count
+        sums[c] = 0.0
+    for k in range(count):
+        m = k * rows // count
+        for c in range(C):
+            sums[c] += X[m, c]
+    for c in range(C):
+        t = sums[c] / count
         shift[c] = t if math.isfinite(t) else 0.0
     for i in range(C, shift.size):
         shift[i] = shift[i - C]
@@ -285,28 +289,29 @@ def _repeat(v, row):
 # The second pass begins where the first ended: what it reads first is still in a cache.
 
 
-def _forward_loop(X, F, step, gamma, beta, eps, low, Y, mean, var, V, part, total):
-    # X, Y flat (M C,), gamma, beta, mean, var (C,), V (3, P), part (chunks, 2, P),
-    # total (chunks, 2, P) float64
-    C, chunks = gamma.size, total.shape[0]
-    _near_mean(X, C, V[0])
+def _forward_loop(X, F, P, chunks, step, gamma, beta, eps, relu, Y, mean, var):
+    # X, Y (M, C), gamma, beta, mean, var (C,)
+    V, part = np.empty((3, P), X.dtype), np.empty((chunks, 2, P), X.dtype)
+    total = np.empty((chunks, 2, P), np.float64)
+    low = X.dtype.type(0 if relu else -np.inf)
+    _near_mean(X, total[0, 0], V[0])
     for c in prange(chunks):
         _moments(X, F, c, chunks, step, V[0], part[c], total[c])
-    _statistics(total, F, X.size // C, gamma, beta, eps, mean, var, V)
+    _statistics(total, F, X.shape[0], gamma, beta, eps, mean, var, V)
     for c in prange(chunks):
         _scaled(X, F, chunks - 1 - c, chunks, step, V, low, Y)
 
 
 def _backward_loop(
-    G, X, gated, F, step, gamma, beta, mean, var, eps, D, ggamma, gbeta, V, part, total
-):
-    # G, X, D flat (M C,), gamma, beta, mean, var, ggamma, gbeta (C,), V (5, P),
-    # part (chunks, 2, P), total (chunks, 2, P) float64
-    C, chunks = gamma.size, total.shape[0]
+    G, X, gated, F, P, chunks, step, gamma, beta, mean, var, eps, D, ggamma, gbeta
+):  # fmt: skip
+    # G, X, D (M, C), gamma, beta, mean, var, ggamma, gbeta (C,)
+    V, part = np.empty((5, P), X.dtype), np.empty((chunks, 2, P), X.dtype)
+    total = np.empty((chunks, 2, P), np.float64)
     _normal(gamma, beta, mean, var, eps, V)
     for c in prange(chunks):
         _grad_moments(G, X, gated, F, c, chunks, step, V, part[c], total[c])
-    _grad_statistics(total, F, X.size // C, var, eps, ggamma, gbeta, V)
+    _grad_statistics(total, F, X.shape[0], var, eps, ggamma, gbeta, V)
     for c in prange(chunks):
         _grad_scaled(G, X, gated, F, chunks - 1 - c, chunks, step, V, D)
 
@@ -372,21 +377,7 @@ def batchnorm(
     y = memory.empty(x.shape, x.dtype)
     mean, var = np.empty_like(gamma), np.empty_like(gamma)
     plan = _plan(*x.shape, x.itemsize)
-    _forward.choose(3 * x.nbytes)(
-        x.reshape(-1),
-        plan.width,
-        plan.step,
-        gamma,
-        beta,
-        float(eps),
-        x.dtype.type(0 if relu else -np.inf),
-        y.reshape(-1),
-        mean,
-        var,
-        np.empty((3, plan.padded), x.dtype),
-        np.empty((plan.chunks, 2, plan.padded), x.dtype),
-        np.empty((plan.chunks, 2, plan.padded)),
-    )
+    _forward.choose(3 * x.nbytes)(x, *plan, gamma, beta, float(eps), relu, y, mean, var)
     return y, mean, var
 
 
@@ -413,24 +404,8 @@ def batchnorm_grad(
     gx = memory.empty(x.shape, x.dtype)
     ggamma, gbeta = np.empty_like(gamma), np.empty_like(gamma)
     plan = _plan(*x.shape, x.itemsize)
-    _backward.choose(5 * x.nbytes)(
-        grad.reshape(-1),
-        x.reshape(-1),
-        gated,
-        plan.width,
-        plan.step,
-        gamma,
-        beta,
-        mean,
-        var,
-        float(eps),
-        gx.reshape(-1),
-        ggamma,
-        gbeta,
-        np.empty((5, plan.padded), x.dtype),
-        np.empty((plan.chunks, 2, plan.padded), x.dtype),
-        np.empty((plan.chunks, 2, plan.padded)),
-    )
+    kernel = _backward.choose(5 * x.nbytes)
+    kernel(grad, x, gated, *plan, gamma, beta, mean, var, float(eps), gx, ggamma, gbeta)
     return gx, ggamma, gbeta
 
 
@@ -452,7 +427,10 @@ def scale_shift(x: np.ndarray, scale: np.ndarray, shift: np.ndarray, relu: bool)
 
 
 def _check(kernel: str, x: np.ndarray, *vectors: np.ndarray) -> None:
-    if x.ndim != 2 or not x.size or any(v.shape != x.shape[1:] for v in vectors):
+    fits, expected = x.ndim == 2 and x.size > 0, x.shape[1:]
+    for v in vectors:
+        fits = fits and v.shape == expected
+    if not fits:
         found = ", ".join(str(v.shape) for v in vectors)
         raise ValueError(
             f"{kernel}: expected x (M, C), not empty, and vectors (C,), got {x.shape} and {found}"

@@ -29,15 +29,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange
 
-from kernels import memory, pointwise, simd
+from kernels import few_channels, memory, pointwise, simd
 from kernels._jit import Variants, prepared
+from kernels.conv_weights import conv2d_weight_grad, is_pointwise
 from kernels.geometry import Window
-from kernels.product import _aligned, _pack_kernel
+from kernels.product import _aligned
 from kernels.tiling import MOST, Part, cuts
 
+__all__ = ["conv2d", "conv2d_input_grad", "conv2d_weight_grad", "transposed"]
+
 _BLOCK_BYTES = 384 * 1024  # of images that one panel of weights passes over
-_TASKS = 16  # wanted at least; also the most chunks of a sum
-_CHUNK_PIXELS = 1024  # of a sum over pixels, at least
+_TASKS = 16  # wanted at least
 
 
 # --- convolution and input gradient ---------------------------------------------------------------
@@ -301,85 +303,6 @@ def _convolve(
         )
 
 
-# --- weight gradient ------------------------------------------------------------------------------
-
-
-def _weight_tiles(mr: int, nr: int) -> Any:
-    def weight_tiles(G, origin, step, ld, OH, OW, X, S, rows, columns, first, cols, block, groups):
-        # S[c, ky, kx, r, first + n] = sum over part c of the images, and over oy, ox inside, of
-        #     X[b, oy sy + ky dy - py, ox sx + kx dx - px + r // C, r % C] g[b, oy, ox, n]
-        # g[b, oy, ox, p W + j] = G[origin + p step + ((b OH + oy) OW + ox) ld + j]
-        # X (B, H, V, C), S (chunks, KH, KW, R, N): R = C, or all the taps along x are rows of one
-        B, height, width, C = X.shape
-        chunks, KH, KW, R, N = S.shape
-        sy, dy, py = rows
-        sx, dx, px = columns
-        W = nr * simd.lanes(G) if nr else simd.lanes(G) // 2
-        panels = (cols + W - 1) // W
-        size = (B + chunks - 1) // chunks
-        works = panels * KH
-        for task in prange(chunks * groups):
-            c, group = task // groups, task % groups
-            b_first, b_end = c * size, min(B, (c + 1) * size)
-            for b_lo in range(b_first, max(b_first + 1, b_end), block):
-                b_hi = min(b_end, b_lo + block)
-                for work in range(works * group // groups, works * (group + 1) // groups):
-                    p, ky = work // KH, work % KH
-                    part = min(W, cols - p * W)
-                    # rows of the result whose tap is inside: 0 <= oy sy - up < H
-                    up = py - ky * dy
-                    y_lo = max(0, (up + sy - 1) // sy)
-                    y_hi = min(OH, (height + up + sy - 1) // sy)
-                    for kx in range(KW):
-                        left = px - kx * dx
-                        for i in range(0, R, mr):
-                            r = min(i, R - mr)
-                            # pixels where all rows of the tile are inside: f_lo <= ox < f_hi,
-                            # where any is: x_lo <= ox < x_hi
-                            near, far = left - r // C, left - (r + mr - 1) // C
-                            x_lo = max(0, (far + sx - 1) // sx)
-                            x_hi = min(OW, (width + near + sx - 1) // sx)
-                            f_lo = max(x_lo, (near + sx - 1) // sx)
-                            f_hi = min(x_hi, (width + far + sx - 1) // sx)
-                            if f_hi < f_lo:
-                                f_lo = f_hi = x_hi
-                            out = (((c * KH + ky) * KW + kx) * R + r) * N + first + p * W
-                            acc = simd.zeros(mr, nr, S)
-                            if b_lo > b_first:
-                                acc = simd.load_part(mr, nr, S, out, N, 0, mr, part)
-                            for b in range(b_lo, b_hi):
-                                for oy in range(y_lo, y_hi):
-                                    at = ((b * height + oy * sy - up) * width - left) * C + r
-                                    ig = origin + p * step + (b * OH + oy) * OW * ld
-                                    for ox in range(x_lo, x_hi):
-                                        if f_lo <= ox < f_hi:
-                                            continue
-                                        lo = (left - ox * sx) * C - r
-                                        ix = at + ox * sx * C
-                                        acc = simd.rank1_rows(
-                                            acc, X, ix, 1, G, ig + ox * ld, lo, lo + width * C
-                                        )
-                                    ix, iw = at + f_lo * sx * C, ig + f_lo * ld
-                                    for _ in range(f_hi - f_lo):
-                                        simd.rolled()
-                                        acc = simd.rank1(acc, X, ix, 1, G, iw)
-                                        ix += sx * C
-                                        iw += ld
-                            simd.store_part(acc, S, out, N, i - r if b_hi == b_end else 0, mr, part)
-
-    return weight_tiles
-
-
-def _row_cost(rows: int, overhead: float) -> Callable[[int, float], float]:
-    """What tiles of h rows and some vectors cost a pixel, in vector operations."""
-    return lambda h, vectors: -(-rows // h) * (max(h * vectors, 5) + overhead)
-
-
-@cache
-def _weight_kernel(mr: int, nr: int) -> Variants:
-    return Variants(_weight_tiles(mr, nr))
-
-
 # --- what is called -------------------------------------------------------------------------------
 
 
@@ -398,7 +321,7 @@ def conv2d(
             f"got {x.shape} and {w.shape}"
         )
     x, w, bias = _operands("conv2d", x, w, bias, w.shape[3])
-    if _is_pointwise(win):
+    if is_pointwise(win):
         flat = pointwise.linear(x.reshape(-1, x.shape[3]), w[0, 0], bias, relu)
         return flat.reshape(*x.shape[:3], w.shape[3])
     y = memory.empty((len(x), *win.output(*x.shape[1:3]), w.shape[3]), x.dtype)
@@ -437,91 +360,18 @@ def transposed(
         )
     grad, w, bias = _operands(kernel, grad, w, bias, shape[3])
     turned = w.transpose(0, 1, 3, 2)
-    if _is_pointwise(win):
+    if is_pointwise(win):
         flat = grad.reshape(-1, w.shape[3])
         if bias is None and not relu:
             return pointwise.matmul_nt(flat, w[0, 0]).reshape(shape)
         return pointwise.linear(flat, turned[0, 0], bias, relu).reshape(shape)
+    low = 0.0 if relu else -np.inf
+    if few_channels.pays(shape[3], w.shape[3], grad.itemsize):
+        added = np.zeros(shape[3], grad.dtype) if bias is None else bias
+        return few_channels.transposed(grad, w, added, grad.dtype.type(low), shape, win)
     gx = memory.empty(shape, grad.dtype)
-    _convolve(grad, w, bias, 0.0 if relu else -np.inf, gx, win, False, True)
+    _convolve(grad, w, bias, low, gx, win, False, True)
     return gx
-
-
-def conv2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.ndarray:
-    """gw[ky, kx, c, n] = sum over b, oy, ox of x[b, iy, ix, c] grad[b, oy, ox, n].
-
-    grad (B, OH, OW, N), x (B, H, W, C) -> (KH, KW, C, N).
-    """
-    if x.ndim != 4 or grad.ndim != 4 or grad.shape[:3] != (len(x), *win.output(*x.shape[1:3])):
-        raise ValueError(
-            f"conv2d_weight_grad: x {x.shape}, {win}: expected grad "
-            f"{(len(x), *win.output(*x.shape[1:3]), 'N')}, got {grad.shape}"
-        )
-    grad, x = prepared("conv2d_weight_grad", grad, x)
-    B, OH, OW, N = grad.shape
-    C = x.shape[3]
-    if _is_pointwise(win):
-        return pointwise.matmul_tn(x.reshape(-1, C), grad.reshape(-1, N)).reshape(1, 1, C, N)
-    KH, KW = win.kernel
-    span, chunks, calls = _weight_calls(x.shape, N, win, simd.LANES * 4 // x.itemsize)
-    sums = memory.empty((chunks, KH, KW // span, span * C, N), x.dtype)
-    rows, columns = ((win.stride[a], win.dilation[a], win.padding[a][0]) for a in (0, 1))
-    for part, kernel, block, groups in calls:
-        source, origin, step, ld = grad, part.first, part.width, N
-        if part.cols % part.width:
-            source = _aligned((part.panels, B * OH * OW, part.width), x.dtype)
-            _pack_kernel(0).choose(2 * source.nbytes)(
-                grad.reshape(-1, N), part.first, part.cols, source
-            )
-            origin, step, ld = 0, B * OH * OW * part.width, part.width
-            source = source.reshape(1, 1, -1, part.width)
-        kernel.choose(B * OH * OW * KH * KW * C * part.cols)(
-            source,
-            origin,
-            step,
-            ld,
-            OH,
-            OW,
-            x,
-            sums,
-            rows,
-            columns,
-            part.first,
-            part.cols,
-            block,
-            groups,
-        )
-    total = sums[0] if chunks == 1 else sums.sum(axis=0)  # over an outer axis: in order, by NumPy
-    return total.reshape(KH, KW, C, N)
-
-
-@lru_cache(1024)
-def _weight_calls(
-    shape: tuple[int, ...], channels: int, win: Window, lanes: int
-) -> tuple[int, int, tuple[tuple[Part, Variants, int, int], ...]]:
-    """Taps that are rows of one tile, chunks of the sum; tiles, kernels, blocks and groups."""
-    B, height, width, C = shape
-    OH, OW = win.output(height, width)
-    KH, KW = win.kernel
-    span = 1
-    cost, parts = cuts(channels, lanes, (min(C, 16), C), _row_cost(C, 1 + 8 / OW))
-    if win.dilation[1] == 1 and KW > 1 and C < 16:  # the taps along x as rows of one
-        wide, joined = cuts(
-            channels, lanes, (min(KW * C, 16), KW * C), _row_cost(KW * C, 1 + 8 / OW)
-        )
-        if wide * (1 + (KW - 1) / (2 * OW)) < KW * cost:  # pixels near the border cost more
-            span, parts = KW, joined
-    chunks = max(1, min(B, _TASKS, B * OH * OW // _CHUNK_PIXELS))
-    calls = []
-    for part in parts:
-        groups = max(1, min(KH * part.panels, _TASKS // chunks))
-        block = max(1, _BLOCK_BYTES // (4 * (height * width * C + OH * OW * part.width)))
-        calls.append((part, _weight_kernel(part.mr, part.nr), block, groups))
-    return span, chunks, tuple(calls)
-
-
-def _is_pointwise(win: Window) -> bool:
-    return win.kernel == win.stride == (1, 1) and win.padding == ((0, 0), (0, 0))
 
 
 def _operands(

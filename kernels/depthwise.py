@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange
 
-from kernels import memory, simd
+from kernels import groups, memory, simd
 from kernels._jit import Variants, prepared
 from kernels.geometry import Pair, Window
 
@@ -54,11 +54,11 @@ def _correlate(mr: int, kw: int, step: int, narrow: bool) -> Any:
 
     def correlate(X, W, bias, low, Y, phases, parts, streaming):
         # Y[b, qy + oy py, qx + ox px, c] =
-        #     max(bias[c] + sum_{ky, kx} X[b, iy, ix, c] W[first + ky KW + kx, c], low)
+        #     max(bias[c] + sum_{ky, kx} X[b, iy, ix, c] W[first + ky wy + kx wx, c], low)
         # iy = oy sy - top + ky dy, ix = ox sx - left + kx dx, where they lie inside X
         # X (B, H, N, C), Y (B, OH, ON, C), W (taps, C), bias (C,)
         # narrow: C < L, W and bias filled up to L
-        # phases[f] = ((first, sy, sx, dy, dx), then for y and x: (q, p, count, K, top), ...)
+        # phases[f] = ((first, sy, sx, dy, dx), then for y and x: (q, p, count, K, top), (wy, wx))
         B, H, N, C = X.shape
         OH, ON = Y.shape[1:3]
         L = simd.lanes(X)
@@ -69,6 +69,7 @@ def _correlate(mr: int, kw: int, step: int, narrow: bool) -> Any:
                 first, sy, sx, dy, dx = phases[f, :5]
                 qy, py, rows, KH, top = phases[f, 5:10]
                 qx, px, columns, KW, left = phases[f, 10:15]
+                wy, wx = phases[f, 15:]
                 right, unit = (C, 1) if kw > 1 else (sx * C, sx)
                 ld, one = (0, right), (0, 1, 1)
                 for oy in range(rows * part // parts, rows * (part + 1) // parts):
@@ -87,8 +88,8 @@ def _correlate(mr: int, kw: int, step: int, narrow: bool) -> Any:
                                 row = (b * H + y0 + ky * dy) * N
                                 for kx in range(0, KW, kw):
                                     simd.rolled()
-                                    iw = (first + ky * KW + kx) * width + c
-                                    w = simd.load(kw, 1, W, iw, width)
+                                    iw = (first + ky * wy + kx * wx) * width + c
+                                    w = simd.load(kw, 1, W, iw, wx * width)
                                     x0 = ox * sx - left + kx * dx
                                     ix = (row + x0) * C + c
                                     last = x0 + ((mr - 1) * step + kw - 1) * unit
@@ -220,7 +221,7 @@ class _Axis(NamedTuple):
     q: int
     p: int
     results: int
-    taps: tuple[int, ...]  # which weights, in order of k
+    taps: tuple[int, int, int]  # of the weights: the first, from one to the next, how many
     before: int
     d: int
 
@@ -230,25 +231,27 @@ class _Plan(NamedTuple):
     tile: int
     kw: int
     step: int
-    order: np.ndarray | None  # of the weights by phase, where it is not theirs
+    windows: Pair  # of the convolution, along rows and columns
 
 
 def _plan(
-    axes: list[tuple[_Axis, _Axis]], stride: tuple[int, int], width: int, special: Pair
+    axes: list[tuple[_Axis, _Axis]],
+    stride: tuple[int, int],
+    width: int,
+    special: Pair,
+    windows: Pair,
 ) -> _Plan:
     """The phases of a kernel with rows of `width`; `special` code for one that is alone."""
     table: list[tuple[int, ...]] = []
-    order: list[int] = []
     for y, x in axes:
-        sizes = [(a.q, a.p, a.results, len(a.taps), a.before) for a in (y, x)]
-        table.append((len(order), *stride, y.d, x.d, *sizes[0], *sizes[1]))
-        order += [ky * width + kx for ky in y.taps for kx in x.taps]
+        (ky, wy, rows), (kx, wx, columns) = y.taps, x.taps
+        sizes = (y.q, y.p, y.results, rows, y.before, x.q, x.p, x.results, columns, x.before)
+        table.append((ky * width + kx, *stride, y.d, x.d, *sizes, wy * width, wx))
     columns = max(x.results for _, x in axes)
     kw, step = special if len(axes) == 1 else (1, 1)
     fitting = [n for n in _TILES if n <= columns] if kw > 1 else _TILES[:1]
     tile = min(fitting or [1], key=lambda n: -(-columns // n) * (n + 1))
-    moved = order != list(range(len(order)))
-    return _Plan(np.array(table), tile, kw, step, np.array(order) if moved else None)
+    return _Plan(np.array(table), tile, kw, step, windows)
 
 
 def _special(win: Window, pays: bool) -> Pair:
@@ -265,12 +268,12 @@ def _special(win: Window, pays: bool) -> Pair:
 def _forward_plan(height: int, width: int, win: Window, special: bool) -> _Plan:
     rows, columns = win.output(height, width)
     y, x = (
-        _Axis(0, 1, n, tuple(range(k)), before, d)
+        _Axis(0, 1, n, (0, 1, k), before, d)
         for n, k, (before, _), d in zip(
             (rows, columns), win.kernel, win.padding, win.dilation, strict=True
         )
     )
-    return _plan([(y, x)], win.stride, win.kernel[1], _special(win, special))
+    return _plan([(y, x)], win.stride, win.kernel[1], _special(win, special), (rows, columns))
 
 
 @lru_cache(1024)
@@ -282,27 +285,29 @@ def _backward_plan(height: int, width: int, win: Window, special: bool) -> _Plan
         phases = []
         for r in range(min(s, n)):
             # o s = i + before - k d for i = r, r + s, ...: the weights whose o is whole
-            taps = tuple(t for t in range(k) if (r + before - t * d) % s == 0)[::-1]
-            origin = (r + before - taps[0] * d) // s if taps else 0
-            phases.append(_Axis(r, s, -(-(n - r) // s), taps, -origin, d // math.gcd(s, d)))
+            taps = [t for t in range(k) if (r + before - t * d) % s == 0]
+            last = taps[-1] if taps else 0
+            origin = (r + before - last * d) // s if taps else 0
+            common = math.gcd(s, d)
+            turned = (last, -(s // common), len(taps))
+            phases.append(_Axis(r, s, -(-(n - r) // s), turned, -origin, d // common))
         by_axis.append(phases)
     pairs = [(y, x) for y in by_axis[0] for x in by_axis[1]]
-    return _plan(pairs, (1, 1), win.kernel[1], _special(win, special and win.stride == (1, 1)))
+    special = special and win.stride == (1, 1)
+    windows = win.output(height, width)
+    return _plan(pairs, (1, 1), win.kernel[1], _special(win, special), windows)
 
 
 def _run(
     x: np.ndarray,
     w: np.ndarray,
     bias: np.ndarray | None,
-    low: float,
+    low: Any,
     shape: tuple[int, ...],
     plan: _Plan,
 ) -> np.ndarray:
     """x (B, H, W, C), w (KH, KW, C), bias (C,) -> (B, OH, OW, C)."""
-    channels, taps = x.shape[3], len(w) * w.shape[1]
-    flat = w.reshape(taps, channels)
-    if plan.order is not None:
-        flat = flat[plan.order]
+    channels, flat = x.shape[3], w.reshape(-1, x.shape[3])
     lanes = simd.LANES * 4 // x.itemsize
     narrow = channels < lanes
     if bias is None:
@@ -313,15 +318,18 @@ def _run(
     parts = min(shape[1], max(1, _TASKS // shape[0]))
     kernel = _correlate_kernel(plan.tile, plan.kw, plan.step, narrow)
     streaming = y.nbytes >= _STREAM_BYTES
-    kernel.choose(x.nbytes + y.nbytes)(
-        x, flat, bias, x.dtype.type(low), y, plan.table, parts, streaming
-    )
+    kernel.choose(x.nbytes + y.nbytes)(x, flat, bias, low, y, plan.table, parts, streaming)
     return y
 
 
 @lru_cache(64)
 def _zeros(count: int, dtype: Any) -> np.ndarray:
     return np.zeros(count, dtype)
+
+
+@lru_cache(4)
+def _low(relu: bool, dtype: Any) -> Any:
+    return dtype.type(0 if relu else -np.inf)
 
 
 def _widened(a: np.ndarray, lanes: int) -> np.ndarray:
@@ -354,9 +362,8 @@ def depthwise2d(
         x, w, bias = prepared(name, x, w, bias)
     results = w.shape[2] * w.shape[3]
     plan = _forward_plan(x.shape[1], x.shape[2], win, _hot(x.dtype, results))
-    x = _repeated(x, w.shape[3])
-    shape = (len(x), *win.output(x.shape[1], x.shape[2]), results)
-    return _run(x, w.reshape(*win.kernel, results), bias, 0 if relu else -np.inf, shape, plan)
+    x = groups.repeated(x, w.shape[3])
+    return _run(x, w, bias, _low(relu, x.dtype), (len(x), *plan.windows, results), plan)
 
 
 def depthwise2d_input_grad(
@@ -369,12 +376,12 @@ def depthwise2d_input_grad(
     name = "depthwise2d_input_grad"
     _check_weights(name, shape, w, win)
     channels, factor = w.shape[2:]
-    _check_grad(name, grad, shape, factor, win)
-    grad, w = prepared(name, grad, w)
     results = channels * factor
     plan = _backward_plan(shape[1], shape[2], win, _hot(grad.dtype, results))
-    gx = _run(grad, w.reshape(*win.kernel, results), None, -np.inf, (*shape[:3], results), plan)
-    return gx if factor == 1 else gx.reshape(*shape, factor).sum(axis=-1)
+    _check_grad(name, grad, (shape[0], *plan.windows, results))
+    grad, w = prepared(name, grad, w)
+    gx = _run(grad, w, None, _low(False, grad.dtype), (*shape[:3], results), plan)
+    return gx if factor == 1 else groups.summed(gx, factor)
 
 
 def depthwise2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.ndarray:
@@ -383,43 +390,58 @@ def depthwise2d_weight_grad(grad: np.ndarray, x: np.ndarray, win: Window) -> np.
     gw[ky, kx, c, r] = sum_{b, oy, ox} x[b, iy, ix, c] grad[b, oy, ox, c R + r].
     """
     name = "depthwise2d_weight_grad"
-    if x.ndim != 4 or grad.ndim != 4 or not x.size or grad.shape[3] % x.shape[3]:
+    if x.ndim != 4 or grad.ndim != 4 or not (x.size and grad.size) or grad.shape[3] % x.shape[3]:
         raise ValueError(
             f"{name}: expected x (B, H, W, C), not empty, and grad (B, OH, OW, C R), "
             f"got {x.shape} and {grad.shape}"
         )
     channels = x.shape[3]
     factor = grad.shape[3] // channels
-    _check_grad(name, grad, x.shape, factor, win)
+    results = channels * factor
+    plan = _sums_plan(x.shape, win, results, x.itemsize)
+    _check_grad(name, grad, plan.grad)
     grad, x = prepared(name, grad, x)
-    x = _repeated(x, factor)
-    B, OH, OW, results = grad.shape
-    L = simd.LANES * 4 // x.itemsize
-    kh, (kw, step), copies = 1, _special(win, _hot(x.dtype, results)), 4
+    x = groups.repeated(x, factor)
+    gw, sums = np.empty((*win.kernel, results), x.dtype), np.zeros(plan.sums, x.dtype)
+    kernel = plan.kernel.choose(x.nbytes + grad.nbytes)
+    kernel(grad, x, sums, gw, plan.geometry, plan.parts)
+    return gw.reshape(*win.kernel, channels, factor)
+
+
+class _SumsPlan(NamedTuple):
+    kernel: Variants
+    grad: tuple[int, ...]  # its shape
+    sums: tuple[int, ...]  # the shape of P
+    geometry: tuple[int, ...]
+    parts: int
+
+
+@lru_cache(1024)
+def _sums_plan(shape: tuple[int, ...], win: Window, results: int, itemsize: int) -> _SumsPlan:
+    """How the gradient by the weights is computed for images of `shape`, before repetition."""
+    B, H, W, _ = shape
+    (OH, OW), (KH, KW), L = win.output(H, W), win.kernel, simd.LANES * 4 // itemsize
+    kh, (kw, step), copies = 1, _special(win, itemsize == 4 and results >= simd.LANES), 4
     if kw > 1:
-        whole = win.kernel[0] * kw + _ROOM <= _REGISTERS
-        kh, copies = (win.kernel[0], -(-4 // (win.kernel[0] * kw))) if whole else (1, 2)
+        whole = KH * kw + _ROOM <= _REGISTERS
+        kh, copies = (KH, -(-4 // (KH * kw))) if whole else (1, 2)
     fitting = [n for n in _TILES if copies * kh * kw + n <= _REGISTERS - 3] or _TILES[-1:]
     mr = min(fitting, key=lambda n: OW // n * (n + 1) + OW % n * 3)
-    line = x.strides[1] * win.stride[0] + grad.strides[1]
+    line = (W * win.stride[0] + OW) * results * itemsize
     parts = -(-OH // max(1, _BLOCK_BYTES // line))
     chunks = min(_TASKS, B * parts)
-    P = np.zeros((chunks, -(-results // L), copies * win.kernel[0] * win.kernel[1], L), x.dtype)
-    geometry = (*win.stride, *win.dilation, win.padding[0][0], win.padding[1][0])
-    gw = np.empty((*win.kernel, results), x.dtype)
-    kernel = _sums_kernel(mr, kh, kw, step, copies, results < L)
-    kernel.choose(x.nbytes + grad.nbytes)(grad, x, P, gw, geometry, parts)
-    return gw.reshape(*win.kernel, channels, factor)
+    return _SumsPlan(
+        _sums_kernel(mr, kh, kw, step, copies, results < L),
+        (B, OH, OW, results),
+        (chunks, -(-results // L), copies * KH * KW, L),
+        (*win.stride, *win.dilation, win.padding[0][0], win.padding[1][0]),
+        parts,
+    )
 
 
 def _hot(dtype: Any, channels: int) -> bool:
     """Whether code for special kernels pays: float64 is for checks, short vectors waste anyway."""
     return dtype == np.float32 and channels >= simd.LANES
-
-
-def _repeated(x: np.ndarray, factor: int) -> np.ndarray:
-    """Each channel `factor` times."""
-    return x if factor == 1 else np.repeat(x, factor, axis=3)
 
 
 def _check_weights(name: str, shape: Sequence[int], w: np.ndarray, win: Window) -> None:
@@ -430,9 +452,6 @@ def _check_weights(name: str, shape: Sequence[int], w: np.ndarray, win: Window) 
         )
 
 
-def _check_grad(
-    name: str, grad: np.ndarray, shape: Sequence[int], factor: int, win: Window
-) -> None:
-    expected = (shape[0], *win.output(shape[1], shape[2]), shape[3] * factor)
+def _check_grad(name: str, grad: np.ndarray, expected: tuple[int, ...]) -> None:
     if grad.shape != expected or min(expected) < 1:
         raise ValueError(f"{name}: expected grad {expected}, not empty, got {grad.shape}")

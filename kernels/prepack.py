@@ -114,7 +114,7 @@ def conv2d(
     Transposed, `win` slides over y, and x are its windows.
     """
     C, N = w.shape[2:]
-    if conv._is_pointwise(win):
+    if conv.is_pointwise(win):
         rows = x.reshape(-1, C), y.reshape(-1, N)
         return linear(program, packed, rows[0], w[0, 0], bias, rows[1], relu, onto)
     added = _bias(packed, bias, N)

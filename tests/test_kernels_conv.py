@@ -8,7 +8,7 @@ from borders import bordered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels import _jit, conv, deconv, reference
+from kernels import _jit, conv, conv_weights, deconv, reference
 from kernels.geometry import Window, window
 
 # Each size of tile is compiled once: the same examples in every run keep to those in the cache.
@@ -194,6 +194,7 @@ def test_nothing_outside_is_read_or_written(monkeypatch, case, dtype):
     with monkeypatch.context() as patch:
         patch.setattr(conv.memory, "empty", empty)
         patch.setattr(conv, "_aligned", empty)
+        patch.setattr(conv_weights, "_aligned", empty)
         results = ours(*(bordered(a)[0] for a in arrays), win)
     assert borders and all((border == 255).all() for border in borders)
     for got, exact in zip(results, expected, strict=True):

@@ -151,7 +151,7 @@ def test_stays_within_its_arrays(case, streaming, monkeypatch):
     if streaming:
         monkeypatch.setattr(depthwise, "_STREAM_BYTES", 0)
     check(ours(*(bordered(a)[0] for a in arrays), win), expected, np.float32)
-    assert len(borders) == 2 and all((border == 255).all() for border in borders)
+    assert len(borders) >= 2 and all((border == 255).all() for border in borders)
 
 
 @pytest.mark.skipif(_jit.max_threads() < 2, reason="needs NUMBA_NUM_THREADS >= 2")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from operator import index
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kernels.geometry import Padding, Pair, Window, window
 from kernels.statistics import sums
 from tinynn.errors import DTypeError, ShapeError
 from tinynn.op import Array, Shape
@@ -29,6 +31,16 @@ def pair(a: Operand, b: Operand) -> tuple[Tensor, Tensor]:
     if isinstance(b, Tensor):
         return _like(b, a), b
     return tensor(a), tensor(b)
+
+
+@lru_cache(4096)
+def fitting(
+    height: int, width: int, kernel: Pair, stride: Pair, padding: Padding, dilation: Pair = (1, 1)
+) -> Window:
+    """The window over an image of height x width. Raises ValueError if it does not fit once."""
+    win = window(height, width, kernel, stride, padding, dilation)
+    win.output(height, width)
+    return win
 
 
 def is_number(x: object) -> bool:

@@ -15,7 +15,7 @@ from kernels.geometry import Padding, Pair, Window, window
 from kernels.statistics import sums
 from tinynn.errors import ConfigError
 from tinynn.op import Array, Op, Sample, Saved, Shape
-from tinynn.ops._common import Operand, tensor
+from tinynn.ops._common import Operand, fitting, tensor
 from tinynn.tensor import Tensor, apply
 
 _GEOMETRIES: tuple[dict[str, Any], ...] = (
@@ -46,12 +46,11 @@ class _Windowed(Op):
         raise NotImplementedError
 
     def _window(self, x: Array, w: Array) -> Window:
-        win = window(x.shape[1], x.shape[2], w.shape[:2], self.stride, self.padding, self.dilation)
+        size = x.shape[1:3]
         try:
-            win.output(x.shape[1], x.shape[2])
+            return fitting(*size, w.shape[:2], self.stride, self.padding, self.dilation)
         except ValueError:
             raise self.reject("an image that the kernel fits in", x, w) from None
-        return win
 
     def forward(self, *arrays: Array) -> tuple[Array, Saved]:
         x, w = arrays[:2]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernels import pool, reference
-from kernels.geometry import Padding, Pair, Window, window
+from kernels.geometry import Padding, Pair, Window
 from tinynn.op import Array, Op, Sample, Saved
-from tinynn.ops._common import Operand, tensor
+from tinynn.ops._common import Operand, fitting, tensor
 from tinynn.ops.conv import padded, pair
 from tinynn.ops.reduce import mean
 from tinynn.tensor import Tensor, apply
@@ -26,12 +26,10 @@ class _Pool(Op):
     def _window(self, x: Array) -> Window:
         if x.ndim != 4 or not x.size:
             raise self.reject("images (B, H, W, C), not empty", x)
-        win = window(x.shape[1], x.shape[2], self.kernel_size, self.stride, self.padding)
         try:
-            win.output(x.shape[1], x.shape[2])
+            return fitting(*x.shape[1:3], self.kernel_size, self.stride, self.padding)
         except ValueError:
             raise self.reject("an image that the window fits in", x) from None
-        return win
 
 
 _GEOMETRIES: tuple[tuple[Any, ...], ...] = (
