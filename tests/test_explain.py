@@ -207,6 +207,13 @@ def test_the_numbers_decide_what_is_said(dense: Way, other: Way, words: list[str
     assert renamed.why(other) == said
 
 
+def test_a_depthwise_layer_has_few_inputs_by_its_nature() -> None:
+    byte = way("int8", 11.0, compute=2.25)
+    layer = Layer("1", "depthwise", (3, 3, 64, 1), (8, 8, 64), 64, DENSE, (byte,))
+    assert (layer.inputs, layer.channels) == (9, 64)
+    assert "promise 4.0x, but its kernel runs at 20%" in layer.why(byte)
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -58,17 +59,20 @@ class Layer:
     others: tuple[Way, ...]
 
     @property
+    def mixes(self) -> bool:
+        """Whether every output is a sum over all channels: not so depthwise."""
+        return self.kind in ("conv", "linear")
+
+    @property
     def inputs(self) -> int:
         """How many numbers each output is a sum of."""
-        size = 1
-        for n in (self.weight or ())[:-1]:
-            size *= n
-        return size
+        taps = (self.weight or ())[: -1 if self.mixes else -2]
+        return math.prod(taps)
 
     @property
     def channels(self) -> int:
-        """How many outputs share those."""
-        return self.weight[-1] if self.weight else 0
+        """How many channels the result has."""
+        return self.output[-1] if self.output else 0
 
     def gain(self, way: Way) -> float | None:
         """The dense time / the time of this way; None where it cannot be run."""

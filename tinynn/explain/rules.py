@@ -164,7 +164,9 @@ def _turned(layer: Layer, way: Way) -> str | None:
 
 def _few_channels(layer: Layer, way: Way) -> str | None:
     least = _FEW_VECTORS * simd.LANES
-    sizes = {"inputs": layer.inputs, "outputs": layer.channels}
+    sizes = {"outputs": layer.channels}
+    if layer.mixes:
+        sizes["inputs"] = layer.inputs
     if way.rank is not None:
         sizes["channels between the factors"] = way.rank
     name = min(sizes, key=lambda key: sizes[key])
