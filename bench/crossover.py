@@ -177,9 +177,12 @@ def plot(found: Sequence[Crossover], path: Path) -> None:
     """
     panels = [
         (family, library, against)
-        for library, against in ((OURS, DENSE), (OURS, BEST_DENSE), ("scipy", BEST_DENSE))
+        for library, against in ((OURS, DENSE), (OURS, BEST_DENSE), ("scipy", DENSE))
         for family in SPARSE
-        if any((c.family, c.library, c.against) == (family, library, against) for c in found)
+        if any(
+            (c.family, c.library, c.against) == (family, library, against) and len(c.curve) > 1
+            for c in found
+        )
     ]
     if not panels:
         return
@@ -202,8 +205,12 @@ def plot(found: Sequence[Crossover], path: Path) -> None:
         axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
         axes.set_xlim(0, 1.02)
         rival = "our dense kernels" if against == DENSE else "the fastest dense library"
-        batches = [c.density for c in mine if not c.few_rows]
-        mean = f"; crossover {geometric_mean(batches):.2f}" if batches else ""
+        batches = [c for c in mine if not c.few_rows]
+        mean = ""
+        if batches:
+            mean = f"; crossover {geometric_mean([c.density for c in batches]):.2f}"
+            unseen = sum(not c.seen for c in batches)
+            mean += f" ({unseen} of {len(batches)} only bounded)" if unseen else ""
         axes.set_title(f"{family} by {library} against {rival}{mean}", fontsize=9)
         axes.set_xlabel("share of weights that are not zero", fontsize=8)
         axes.set_ylabel("dense time / sparse time", fontsize=8)
