@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange
 
-from kernels import memory, simd, simd_int
+from kernels import int8, memory, simd, simd_int
 from kernels._jit import Variants
 from kernels.conv import _Axis, _table
 from kernels.geometry import Window
@@ -139,13 +139,13 @@ def _pad_loop(X, S, zero, sizes, first_task, last_task):
         for y in range(h):
             row = (b * h + y) * v * C
             if not 0 <= y - top < H or hi <= lo:
-                S[row : row + v * C] = zero
+                int8.fill_bytes(zero, S, row, v * C)
                 continue
-            S[row : row + lo * C] = zero
-            S[row + hi * C : row + v * C] = zero
-            shift = ((b * H + y - top) * V - left) * C - row
-            for i in range(row + lo * C, row + hi * C):
-                S[i] = X[i + shift]
+            int8.fill_bytes(zero, S, row, lo * C)
+            int8.copy_bytes(
+                X, ((b * H + y - top) * V + lo - left) * C, S, row + lo * C, (hi - lo) * C
+            )
+            int8.fill_bytes(zero, S, row + hi * C, (v - hi) * C)
 
 
 #: X, S, zero, sizes = (H, V, C, h, v, top, left), first, last.
@@ -231,17 +231,23 @@ def beginnings(
     return widened(wrapped, np.int32), np.array(cases, np.int64)
 
 
+def copied(height: int, width: int, channels: int, win: Window) -> tuple[int, ...]:
+    """The sizes of `PAD` for a copy of images of all that windows touch."""
+    output = win.output(height, width)
+    h, v = (
+        (output[a] - 1) * win.stride[a] + (win.kernel[a] - 1) * win.dilation[a] + 1 for a in (0, 1)
+    )
+    return (height, width, channels, h, v, win.padding[0][0], win.padding[1][0])
+
+
 def _place(layer: Convolution, height: int, width: int) -> Placed:
     win = layer.win
     size = (height, width)
     output = win.output(height, width)
     copy, scratch = None, 0
     if layer.inputs < 4:  # all that windows touch, and no more
-        h, v = (
-            (output[a] - 1) * win.stride[a] + (win.kernel[a] - 1) * win.dilation[a] + 1
-            for a in (0, 1)
-        )
-        copy = (height, width, layer.inputs, h, v, win.padding[0][0], win.padding[1][0])
+        copy = copied(height, width, layer.inputs, win)
+        h, v = copy[3:5]
         scratch = h * v * layer.inputs
         size, win = (h, v), win._replace(padding=((0, 0), (0, 0)))
     sums = layer.sums.reshape(*win.kernel, -1)

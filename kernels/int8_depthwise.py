@@ -5,7 +5,7 @@
 with base as in `kernels.int8_conv`. A vector holds L neighbouring channels of one pixel. Up to four
 rows of the image come together as the four bytes of its int32 lanes, and meet the weights of these
 rows in one dot product (`simd_int.slide_bytes`). Rows above or below the image are replaced by the
-nearest one inside, and their weights by 0.
+nearest one inside, and their weights by 0. Small images are copied first, with x_zero around them.
 
 The rest is `kernels.depthwise`: a tile is mr neighbouring pixels of a row; windows whose rows have
 3 or 5 weights without gaps have code of their own; columns outside the image are skipped.
@@ -22,14 +22,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange
 
-from kernels import simd, simd_int
+from kernels import memory, simd, simd_int
 from kernels._jit import Variants
 from kernels.geometry import Window
 from kernels.int8 import Scaling, checked_sums, multipliers, operand, result, widened
-from kernels.int8_conv import beginnings, check_image
+from kernels.int8_conv import PAD, beginnings, check_image, copied
 
 _TASKS = 16  # wanted at least
 _HEIGHTS = (8, 6, 4)  # of tiles
+_NARROW_IMAGE = 32  # pixels of a row of results, of which many have windows beyond the image
 
 
 # --- kernel ---------------------------------------------------------------------------------------
@@ -116,6 +117,8 @@ class Placed(NamedTuple):
     """A layer for images of one size: `tile` chooses the kernel, the rest are its operands."""
 
     output: tuple[int, int]
+    copy: tuple[int, ...] | None  # the sizes of `int8_conv.PAD`, if the image is to be copied first
+    scratch: int  # bytes of a copied image
     tile: tuple[int, int, int, int, bool]
     sizes: tuple[int, ...]  # H, V, C, OH, OW, sx, dx, left
     base: np.ndarray
@@ -153,9 +156,15 @@ def _grouping(kernel: int) -> tuple[int, int]:
 
 
 def _place(layer: Depthwise, height: int, width: int) -> Placed:
-    win = layer.win
+    win, output = layer.win, layer.win.output(height, width)
+    channels = layer.inputs * layer.factor
+    narrow = channels < simd.LANES
+    copy, scratch = None, 0
+    if max(map(max, win.padding)) > 0 and output[1] <= _NARROW_IMAGE and not narrow:
+        copy = copied(height, width, channels, win)
+        height, width = copy[3:5]
+        win, scratch = win._replace(padding=((0, 0), (0, 0))), height * width * channels
     base, cases = beginnings((height, width), win, layer.sums, layer.bias, layer.x_zero)
-    output = win.output(height, width)
     groups, count = _grouping(win.kernel[0])
     lines = np.zeros((output[0], groups, 5), np.int64)
     for oy in range(output[0]):
@@ -170,13 +179,12 @@ def _place(layer: Depthwise, height: int, width: int) -> Placed:
             mask = sum(255 << 8 * r for r in range(4) if inside[r])
             lines[oy, g] = nearest[0], *(y - nearest[0] for y in nearest[1:]), mask
     lines[..., 4] = lines[..., 4].astype(np.uint32).view(np.int32)  # as signed numbers
-    channels = layer.inputs * layer.factor
-    narrow = channels < simd.LANES
     special = win.kernel[1] in (3, 5) and win.stride[1] <= 2 and win.dilation[1] == 1
     kw, step = (win.kernel[1], win.stride[1]) if special and not narrow else (1, 1)
     mr = min(_HEIGHTS, key=lambda h: -(-output[1] // h) * h) if special else _HEIGHTS[0]
     sizes = (height, width, channels, *output, win.stride[1], win.dilation[1], win.padding[1][0])
-    return Placed(output, (mr, kw, step, count, narrow), sizes, base, lines, cases)
+    tile = (mr, kw, step, count, narrow)
+    return Placed(output, copy, scratch, tile, sizes, base, lines, cases)
 
 
 def parts(images: int, rows: int) -> int:
@@ -224,7 +232,12 @@ def depthwise2d(x: np.ndarray, layer: Depthwise, *, out: np.ndarray | None = Non
         x = np.repeat(x, layer.factor, axis=3)
     at = layer.placed(*x.shape[1:3])
     y = result("depthwise2d", (len(x), *at.output, x.shape[3]), layer.scaling.dtype, out)
-    share = parts(len(x), at.output[0])
+    images = len(x)
+    if at.copy is not None:
+        wide = memory.empty((images, at.scratch), np.uint8)
+        PAD.choose(wide.nbytes)(x.reshape(-1), wide.reshape(-1), layer.x_zero, at.copy, 0, images)
+        x = wide
+    share = parts(images, at.output[0])
     _, low, high, zero, _ = layer.scaling
     tile_kernel(*at.tile).choose(x.nbytes + y.nbytes)(
         x.reshape(-1),
@@ -239,6 +252,6 @@ def depthwise2d(x: np.ndarray, layer: Depthwise, *, out: np.ndarray | None = Non
         at.lines,
         at.cases,
         0,
-        len(x) * share,
+        images * share,
     )
     return y

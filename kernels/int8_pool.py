@@ -97,7 +97,7 @@ def mean_kernel(nr: int) -> Variants:
 
 def vectors(channels: int) -> int:
     """How many vectors the kernel of the mean takes at once."""
-    return 4 if channels >= 4 * simd.LANES else 1
+    return next(n for n in (4, 2, 1) if channels >= n * simd.LANES or n == 1)
 
 
 # --- public ---------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from kernels import (
 )
 from kernels._jit import Variants
 from kernels.geometry import Window
-from kernels.int8 import Addition, Scaling
+from kernels.int8 import Addition, ScaleShift, Scaling
 from kernels.int8_conv import Convolution
 from kernels.int8_depthwise import Depthwise
 from kernels.int8_product import Linear
@@ -102,23 +102,42 @@ def conv2d(program: Program, layer: Convolution, x: Slot, y: Slot, scratch: Slot
 
 
 def depthwise2d_scratch(layer: Depthwise, images: int, height: int, width: int) -> int:
-    """Bytes for so many images of this size: for each channel several times over."""
-    return images * height * width * layer.inputs * layer.factor if layer.factor > 1 else 0
+    """Bytes for so many images of this size: copies with several of each channel, or a border."""
+    repeated = images * height * width * layer.inputs * layer.factor if layer.factor > 1 else 0
+    return repeated + images * layer.placed(height, width).scratch
 
 
 def depthwise2d(program: Program, layer: Depthwise, x: Slot, y: Slot, scratch: Slot | None) -> None:
     """y (B, OH, OW, C R) = `int8_depthwise.depthwise2d` of x (B, H, W, C)."""
     images, height, width, channels = x.shape
-    if scratch is not None:
+    at = layer.placed(height, width)
+    if layer.factor > 1:
+        assert scratch is not None
         copies = scratch._replace(shape=(*x.shape[:3], channels * layer.factor), dtype=_BYTE)
         prepack.repeat(program, x, layer.factor, copies)
         x = copies
-    at = layer.placed(height, width)
+    if at.copy is not None:
+        assert scratch is not None
+        offset = scratch.offset + (x.nbytes if layer.factor > 1 else 0)
+        wide = Slot(scratch.base, offset, (images * at.scratch,), _BYTE)
+        sizes = _flat(x), wide, layer.x_zero, at.copy
+        program.add(int8_conv.PAD, wide.nbytes, *sizes, tasks=images)
+        x = wide
     parts = int8_depthwise.parts(images, at.output[0])
     program.add(
         int8_depthwise.tile_kernel(*at.tile), x.nbytes + y.nbytes,
         _flat(x), layer.packed, at.base, layer.multiplier, *layer.scaling[1:4], _flat(y),
         (*at.sizes, parts), at.lines, at.cases, tasks=images * parts,
+    )  # fmt: skip
+
+
+def scale_shift(program: Program, layer: ScaleShift, x: Slot, y: Slot) -> None:
+    """y (..., C) = `int8.scale_shift` of x."""
+    rows = math.prod(x.shape[:-1])
+    program.add(
+        int8.SCALE_SHIFT, x.nbytes + y.nbytes,
+        _flat(x), *layer[1:4], *layer.scaling[1:4], _flat(y), (rows, layer.channels),
+        tasks=layer.tasks(rows),
     )  # fmt: skip
 
 
@@ -183,8 +202,8 @@ def _columns_loop(X, offset, Y, first, last):
     # Y[m, offset + c] = X[m, c];  X (M, C), Y (M, N) uint8;  tasks are blocks of rows
     for task in prange(first, last):
         for m in range(task * _ROWS, min(len(X), (task + 1) * _ROWS)):
-            for c in range(X.shape[1]):
-                Y[m, offset + c] = X[m, c]
+            C = X.shape[1]
+            int8.copy_bytes(X, m * C, Y, m * Y.shape[1] + offset, C)
 
 
 def _frame_loop(X, i0, j0, k0, value, Y, first, last):
@@ -194,18 +213,13 @@ def _frame_loop(X, i0, j0, k0, value, Y, first, last):
     rows, width = Y.shape[1:]
     for task in prange(first, last):
         for at in range(task * _ROWS, min(Y.shape[0] * rows, (task + 1) * _ROWS)):
-            a, b = at // rows, at % rows
-            i, j = a - i0, b - j0
+            i, j = at // rows - i0, at % rows - j0
             if 0 <= i < N and 0 <= j < M:
-                for k in range(k0):
-                    Y[a, b, k] = value
-                for k in range(K):
-                    Y[a, b, k0 + k] = X[i, j, k]
-                for k in range(k0 + K, width):
-                    Y[a, b, k] = value
+                int8.fill_bytes(value, Y, at * width, k0)
+                int8.copy_bytes(X, (i * M + j) * K, Y, at * width + k0, K)
+                int8.fill_bytes(value, Y, at * width + k0 + K, width - k0 - K)
             else:
-                for k in range(width):
-                    Y[a, b, k] = value
+                int8.fill_bytes(value, Y, at * width, width)
 
 
 _at_least = Variants(_at_least_loop)

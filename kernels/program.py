@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -263,6 +264,7 @@ class Program:
     def __init__(self, threads: bool = False, team: int = 1) -> None:
         self.threads, self.team = threads, team
         self.calls = 0
+        self._stage: list[int] | None = None  # the words that say how many calls it has
         self._words: list[int] = []
         self._kept: list[Any] = []  # what the program has the addresses of
 
@@ -292,6 +294,8 @@ class Program:
             words += values
         signature = " ".join(names)
         code, entry = _code_entry(signature), _kernel_entry(dispatcher, signature)
+        if self._stage is not None:
+            self._stage.append(len(self._words) + 1)
         self._words += [4 + len(words), stage, code, entry, *words]
         self.calls += 1
 
@@ -316,6 +320,17 @@ class Program:
         if isinstance(arg, int | np.integer):
             return "int64", [int(arg)]
         raise TypeError(f"Program.add: expected an array, a slot or a number, got {arg!r}")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The calls appended inside need nothing of each other: they form one stage."""
+        self._stage = []
+        try:
+            yield
+        finally:
+            for i, at in enumerate(self._stage):
+                self._words[at] = 0 if i else len(self._stage)
+            self._stage = None
 
     def words(self) -> np.ndarray:
         """The number of calls, and their rows."""

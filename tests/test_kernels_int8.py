@@ -133,6 +133,16 @@ def test_add(size, a_zero, b_zero, zero, relu, seed):
     same(int8.add(a, b, how, out=a), expected)
 
 
+@pytest.mark.parametrize("c", [1, 16, 40])
+def test_add_scale_shift(c):
+    """As a depthwise convolution with windows of one pixel."""
+    rng = np.random.default_rng(c)
+    x, w, bias = activations(rng, (2, 7, 5, c)), weights(rng, c), biases(rng, c)
+    how = scaling(rng, c, 1)
+    got = int8.scale_shift(x, int8.pack_scale_shift(w, bias, 9, how))
+    same(got, exact_conv(x, as_dense(w.reshape(1, 1, c, 1)), bias, 9, how, Window((1, 1))))
+
+
 def test_rounding_is_to_even_and_saturates():
     x = np.array([0.5, 1.5, 2.5, -0.5, -1.5, 1e9, -1e9, np.nan], np.float32)
     np.testing.assert_array_equal(int8.quantize(x, 1, 100), [100, 102, 102, 100, 98, 255, 0, 0])
@@ -270,11 +280,13 @@ def test_depthwise2d(few_tiles, geometry, c, factor, x_zero, seed):
         same(expected, reference.depthwise2d(x, w, bias, x_zero, how, win))
 
 
-@pytest.mark.parametrize(("kernel", "stride", "x_zero"), [(3, 1, 0), (5, 1, 9), (5, 2, 200)])
-def test_depthwise2d_layers(kernel, stride, x_zero):
+@pytest.mark.parametrize(
+    ("width", "kernel", "stride", "x_zero"), [(41, 3, 1, 9), (22, 3, 1, 9), (44, 5, 2, 200)]
+)
+def test_depthwise2d_layers(width, kernel, stride, x_zero):
     rng = np.random.default_rng(kernel)
-    win = window(19, 22, (kernel, kernel), (stride, stride), "same")
-    x, w = activations(rng, (2, 19, 22, 40)), weights(rng, (kernel, kernel, 40, 1))
+    win = window(9, width, (kernel, kernel), (stride, stride), "same")
+    x, w = activations(rng, (2, 9, width, 40)), weights(rng, (kernel, kernel, 40, 1))
     how = int8.requantized(0.01, rng.random(40) / 9, 0.7, 99, relu=True)
     got = depthwise2d(x, pack_depthwise2d(w, None, x_zero, how, win))
     same(got, exact_conv(x, as_dense(w), None, x_zero, how, win))

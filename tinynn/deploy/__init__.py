@@ -30,7 +30,9 @@ def compile(
     """Make a plan of `model` in eval mode, for batches of images like those of `example`.
 
     Batch normalisation, biases, ReLU and residual additions go into the layers before them where
-    that is exact; what only training does is left out. `threads`: as many as `set_threads` allows
+    that is exact; what only training does is left out. A model of fixed ranges (`quantize.int8`,
+    `quantize.low_bit`) runs on integer kernels and gives the bits that `compress.integers` says:
+    see `tinynn.deploy.quantized`. `threads`: as many as `set_threads` allows
     at each call, unless given. `choose`: "measure", the name of a kernel ("dense", "sparse",
     "sparse4x1", "codebook", "float16"), or one for some paths: see `choose_kernels`. Where kernels
     are as fast, measuring may choose another one the next time, which rounds differently; a plan,

@@ -2,7 +2,7 @@
 
     float32   the numbers themselves
     float16   where each is one of that format's
-    bfloat16  likewise
+    bfloat16  likewise, its bits as integers
     integers  int8 or int32, each less the smallest of them, in as few bits as the largest takes
     coded     numbers of entries in a book of at most 256 (Han, Mao & Dally 2016, section 3)
     gaps      the numbers that are not 0, in one of the other forms, and how many zeros lie between
@@ -23,7 +23,7 @@ from kernels.codebook import pack_bits, unpack_bits
 from tinynn.errors import FileFormatError
 from tinynn.op import Array, Shape
 
-_LEAST = 64  # numbers for which a form is worth its name
+_LEAST = 16  # numbers for which a form is worth its name
 _ENTRIES = 256
 
 #: What describes a form, and its arrays.
@@ -77,8 +77,11 @@ def _upper(array: Array) -> Form | None:
     bits = _bits(array.reshape(-1))
     if np.any(bits & 0xFFFF):
         return None
-    values = (bits >> 16).astype(np.uint16)
-    return {"form": "bfloat16", "shape": list(array.shape)}, {"values": values}
+    codes = bits >> 16
+    low = int(codes.min())
+    width = max(1, int(codes.max() - low).bit_length())
+    head = {"form": "bfloat16", "shape": list(array.shape), "bits": width, "low": low}
+    return head, {"codes": _pack(codes - np.uint32(low), width)}
 
 
 def _integers(array: Array) -> Form:
@@ -192,9 +195,11 @@ def _from_half(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
 
 
 def _from_upper(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
-    shape = _shape(head)
-    values = _part(arrays, "values", np.uint16, math.prod(shape)).astype(np.uint32)
-    return (values << 16).view(np.float32).reshape(shape)
+    shape, low = _shape(head), head.get("low")
+    codes = _packed(arrays, "codes", head.get("bits"), math.prod(shape), most=16)
+    if type(low) is not int or not low >= 0 or codes.max() + low > 0xFFFF:
+        raise FileFormatError(f"required codes of 16 bits; came {codes.max()} above {low!r}")
+    return ((codes + low).astype(np.uint32) << 16).view(np.float32).reshape(shape)
 
 
 def _from_integers(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:

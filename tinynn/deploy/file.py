@@ -27,7 +27,7 @@ from tinynn.storage import parse_json
 _FORMAT = "tinynn plan 2"
 _MOST_LAYERS = 10_000
 _MOST_TEXT = 1 << 26
-_DTYPES = ("float32", "float16", "uint8", "uint16")
+_DTYPES = ("float32", "float16", "uint8")
 
 Stored = dict[str, Array]
 

@@ -183,20 +183,21 @@ class IntDepthwise(Windowed, _Weighted):
         return arrays["weight"].size * output[0] * output[1]
 
     def scratch(self, inputs: Sequence[Shape], output: Shape) -> int:
-        factor = output[2] // inputs[0][2]
-        return _quads(math.prod(inputs[0]) * factor) if factor > 1 else 0
+        height, width, channels = inputs[0]
+        factor = output[2] // channels
+        sides = [n + sum(p) for n, p in zip((height, width), self.padding, strict=True)]
+        copy = math.prod(sides) if max(map(max, self.padding)) > 0 else 0
+        repeated = height * width if factor > 1 else 0
+        return _quads((copy + repeated) * channels * factor)
 
     def emit(self, at: Site) -> None:
-        _depthwise(self, at, at.inputs[0], at.output, at.arrays["weight"])
+        def pack() -> Depthwise:
+            a, w = at.arrays, at.arrays["weight"]
+            win = Window(w.shape[:2], self.stride, self.padding, self.dilation)
+            return pack_depthwise2d(w, a.get("bias"), self.x[1], self._scaling(a["scale"]), win)
 
-
-def _depthwise(step: Any, at: Site, x: Any, y: Any, w: Array) -> None:
-    def pack() -> Depthwise:
-        win = Window((w.shape[0], w.shape[1]), step.stride, step.padding, step.dilation)
-        how = step._scaling(at.arrays["scale"])
-        return pack_depthwise2d(w, at.arrays.get("bias"), step.x[1], how, win)
-
-    prepack_int8.depthwise2d(at.program, at.packed.get("int8", pack), x, y, at.scratch)
+        layer = at.packed.get("int8", pack)
+        prepack_int8.depthwise2d(at.program, layer, at.inputs[0], at.output, at.scratch)
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,6 @@ class IntScaleShift(_Weighted):
     floating: bool = False
     relu: bool = False
 
-    stride, padding, dilation = (1, 1), ((0, 0), (0, 0)), (1, 1)
-
     def result(self, inputs: Sequence[Shape], arrays: Arrays) -> Shape:
         (x,) = inputs
         fits = len(x) > 0 and arrays["weight"].shape == x[-1:]
@@ -217,15 +216,12 @@ class IntScaleShift(_Weighted):
         return x
 
     def emit(self, at: Site) -> None:
-        x, y = (_as_images(s) for s in (at.inputs[0], at.output))
-        _depthwise(self, at, x, y, at.arrays["weight"].reshape(1, 1, -1, 1))
+        def pack() -> int8.ScaleShift:
+            a, how = at.arrays, self._scaling(at.arrays["scale"])
+            return int8.pack_scale_shift(a["weight"], a.get("bias"), self.x[1], how)
 
-
-def _as_images(slot: Any) -> Any:
-    images, *rest, channels = slot.shape
-    if len(rest) == 2:
-        return slot
-    return slot.reshape(images, 1, math.prod(rest), channels)
+        layer = at.packed.get("int8", pack)
+        prepack_int8.scale_shift(at.program, layer, at.inputs[0], at.output)
 
 
 @dataclass(frozen=True)

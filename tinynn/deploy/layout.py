@@ -12,10 +12,15 @@ import numpy as np
 
 from kernels.prepack import Packed
 from kernels.program import ALIGNMENT, ARENA, INPUT, OUTPUT, Program, Slot
+from tinynn.deploy import share
 from tinynn.deploy.kernels import KERNELS
 from tinynn.deploy.steps import BYTE, FLOAT, Concat, Layer, Pad, Reshape, Site
 from tinynn.errors import ShapeError
 from tinynn.op import Shape
+
+_WORTH_SHARING = 256 * 1024  # multiply-adds
+_LARGE = 4 << 20  # multiply-adds of a layer whose kernel can use threads of its own
+_FEW_THREADS = 4  # among which rows of an image can be shared evenly
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,22 @@ class Network:
         return tuple(found)
 
     @cached_property
-    def shared(self) -> bool:
+    def macs(self) -> tuple[int, ...]:
+        """Multiply-adds of each layer for one image."""
+        return tuple(
+            layer.step.macs(self.inputs(layer), layer.arrays, self.shapes[layer.output])
+            for layer in self.layers
+        )
+
+    def shared(self, images: int, threads: int) -> bool:
         """Whether threads share each layer among them; else kernels use threads of their own."""
-        return BYTE in self.dtypes
+        if images * sum(self.macs) < _WORTH_SHARING:
+            return False
+        large = [a for a, n in zip(self.layers, self.macs, strict=True) if n >= _LARGE]
+        few = images == 1 and threads <= _FEW_THREADS
+        return BYTE in self.dtypes or (
+            few and all(share.can_share(a, self.inputs(a)) for a in large)
+        )
 
     def inputs(self, layer: Layer) -> list[Shape]:
         """The shapes of a layer's operands."""
@@ -125,12 +143,12 @@ class Laid:
 
 def lay_out(network: Network, packed: Sequence[Packed], images: int, threads: int) -> Laid:
     """The program of the network for so many images, to be run by so many threads."""
-    team = threads if network.shared else 1
+    team = threads if network.shared(images, threads) else 1
     program, places = Program(threads > 1 and team == 1, team), []
     sites, size = _sites(network, packed, images, program)
     for layer, site in zip(network.layers, sites, strict=True):
         at, calls = len(program), program.calls
-        KERNELS[layer.kernel].emit(layer, site)
+        share.emit(layer, site)
         places.append((at, program.calls - calls))
     return Laid(program.words(), program, tuple(places), size, team)
 

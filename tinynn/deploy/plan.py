@@ -35,8 +35,8 @@ class Plan:
     """What `compile` makes. Call it on a batch (B, ...) of float32 of any size: an array (B, ...).
 
     It keeps nothing of the model. Images pass through the network in chunks whose values stay in
-    the cache; chunks are shared among threads, the kernels of a single chunk use them inside. The
-    result has the same bits for every number of threads.
+    the cache; chunks are shared among threads. Of a single chunk threads share each layer, or its
+    kernels use threads inside. The result has the same bits for every number of threads.
     """
 
     def __init__(self, network: Network, threads: int | None = None) -> None:
@@ -144,7 +144,7 @@ class Plan:
     @cached_property
     def macs(self) -> int:
         """Multiply-adds for one image (1 MAC = 2 FLOPs), of convolutions and products."""
-        return sum(_macs(self.network))
+        return sum(self.network.macs)
 
     @cached_property
     def nbytes(self) -> int:
@@ -155,6 +155,7 @@ class Plan:
         """Time each layer on a batch: medians over `rounds` runs of the first chunk of images.
 
         Seconds are scaled to the whole batch; chunks on other threads are not counted twice.
+        Layers that threads share are timed on one.
         """
         x = self._batch(x)
         if not len(x) or rounds < 1:
@@ -165,9 +166,10 @@ class Plan:
         chunks = self._chunks(len(x))
         scale = len(x) / (len(x) // chunks)
         rows = []
-        for layer, macs, s in zip(self.network.layers, _macs(self.network), seconds, strict=True):
+        for layer, macs, s in zip(self.network.layers, self.network.macs, seconds, strict=True):
             shapes = [*self.network.inputs(layer), self.network.shapes[layer.output]]
-            moved = 4 * len(x) * sum(map(math.prod, shapes))
+            sizes = [self.network.dtypes[v].itemsize for v in (*layer.inputs, layer.output)]
+            moved = len(x) * sum(n * math.prod(s) for n, s in zip(sizes, shapes, strict=True))
             moved += sum(a.nbytes for a in layer.arrays.values())
             out = shapes[-1]
             name = layer.path or "-"
@@ -233,13 +235,6 @@ def _threads(wanted: int | None) -> Iterator[int]:
         yield wanted
     finally:
         set_threads(before)
-
-
-def _macs(network: Network) -> list[int]:
-    return [
-        layer.step.macs(network.inputs(layer), layer.arrays, network.shapes[layer.output])
-        for layer in network.layers
-    ]
 
 
 # --- profiles -------------------------------------------------------------------------------------
