@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from tinynn import nn
-from tinynn.models import thesis
+from tinynn.models import imagenet, thesis
 from tinynn.nn.module import Module
 
 
@@ -41,5 +41,20 @@ PUBLISHED = {
     "baseline_nonlinear": _baseline("nonlinear"),
     "small_cifar": Published(
         lambda rng: thesis.small_cifar(rng=rng), (128, 32, 32, 3), "softmax_cross_entropy"
+    ),
+}
+
+#: Models that are published, too, but that no experiment here trains by default.
+FURTHER = {
+    "resnet20": Published(
+        lambda rng: thesis.resnet20(rng=rng), (128, 32, 32, 3), "softmax_cross_entropy"
+    ),
+    "resnet34": Published(
+        lambda rng: imagenet.resnet34(rng=rng), (1, 224, 224, 3), "softmax_cross_entropy"
+    ),
+    "separable_resnet34": Published(
+        lambda rng: imagenet.separable_resnet34(rng=rng),
+        (1, 224, 224, 3),
+        "softmax_cross_entropy",
     ),
 }
