@@ -7,8 +7,9 @@ model itself where no plan can express it, which the table says); bytes of the p
 they would be under an entropy coder; parameters, those that are not zero, multiply-adds and those
 that kernels carry out; milliseconds of the plan at batch 1 and 64; an estimate of its energy.
 
-The times are a run of their own, after all others: all plans in turns, in one process. To measure
-them again on a machine that has nothing else to do, take the other results up:
+The times are a run of their own, after all others: all plans in turns, in one process, each with
+kernels that were chosen anew by measuring just before. To measure on a machine that has nothing
+else to do, take the other results up:
 
     python experiments/compress_small.py --threads 1 --resume --times 2
 
@@ -32,7 +33,7 @@ if not __package__:
 
 import tinynn as tn
 from experiments import classify, compress_small_figures, compress_small_recipes
-from experiments.compress_small_costs import Executable, costs
+from experiments.compress_small_costs import Executable, costs, executed_multiply_adds
 from experiments.compress_small_findings import findings, summary, table
 from experiments.compress_small_steps import SEEN, Workshop, carry_out
 from experiments.runner import (
@@ -45,8 +46,9 @@ from experiments.runner import (
     written,
 )
 from kernels._jit import get_threads
-from kernels.timing import ROUNDS, compare
+from kernels.timing import compare
 from tinynn import metrics
+from tinynn.deploy.choose import MEASURE, choose_kernels
 from tinynn.deploy.layout import Network
 from tinynn.errors import ConfigError
 
@@ -75,8 +77,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The experiment's own flags."""
     group = parser.add_argument_group("compress_small")
     group.add_argument("--group", nargs="+", default=None, help="the kinds of recipes; all")
+    group.add_argument("--without", nargs="+", default=[], help="recipes to leave out")
     group.add_argument("--sweep", action="store_true", help="pruning x SVD error x rounding, too")
-    group.add_argument("--times", type=int, default=1, help="which measurement of times this is")
+    group.add_argument(
+        "--times", type=int, default=1, help="number of the measurement of times; 0: none"
+    )
     add_options(group, OPTIONS)
 
 
@@ -100,17 +105,20 @@ def cells(args: argparse.Namespace) -> dict[str, Record]:
     chosen = list(groups) if args.group is None else args.group
     if unknown := sorted(set(chosen) - groups.keys()):
         raise ConfigError(f"required --group of {list(groups)}; came {unknown}")
+    if unknown := sorted(set(args.without) - {name for g in groups.values() for name in g}):
+        raise ConfigError(f"required --without recipes that there are; came {unknown}")
     found: dict[str, Record] = {
         name: {"group": group, "recipe": recipe, **settings}
         for group in groups
         if group in chosen
         for name, recipe in groups[group].items()
+        if name not in args.without
     }
     for name, config in found.items():
         config["name"] = name
-    if args.jobs == 1 and args.scheduler is None:
+    if args.jobs == 1 and args.scheduler is None and args.times:
         timed = [name for name, c in found.items() if c["group"] != "sweep"]
-        rounds = 3 if args.quick else ROUNDS
+        rounds = 3 if args.quick else 7
         times_of = {"group": TIMES, "names": timed, "number": args.times, "rounds": rounds}
         found[TIMES] = {**times_of, **settings}
     return found
@@ -156,12 +164,16 @@ def _plan_file(context: Context, name: str, seed: int) -> Path:
 
 
 def times(config: Record, seed: int, context: Context) -> Record:
-    """Median seconds of every plan, in turns; of those with other kernels, on dense ones, too."""
+    """Median seconds of every plan, in turns; of those with other kernels, on dense ones, too.
+
+    Kernels are chosen first: the machine may not have been as quiet when the plan was made.
+    """
     plans: dict[str, tn.Plan] = {}
     for name in config["names"]:
         path = _plan_file(context, name, seed)
         if path.exists():
-            plans[name] = tn.Plan.load(path)
+            plan = tn.Plan.load(path)
+            plans[name] = tn.Plan(choose_kernels(plan.network, MEASURE, plan.images_at_once(1)))
     dense = {name: on_dense_kernels(plan) for name, plan in plans.items()}
     found: dict[str, Record] = {}
     for batch in BATCHES:
@@ -179,7 +191,13 @@ def times(config: Record, seed: int, context: Context) -> Record:
             }
             for name in plans
         }
-    return {"group": TIMES, "threads": get_threads(), "batches": found}
+    executed = {name: executed_multiply_adds(plan) for name, plan in plans.items()}
+    return {
+        "group": TIMES,
+        "threads": get_threads(),
+        "batches": found,
+        "executed_multiply_adds": executed,
+    }
 
 
 def on_dense_kernels(plan: tn.Plan) -> tn.Plan | None:

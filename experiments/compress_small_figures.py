@@ -70,7 +70,7 @@ def _csv(cells: dict[str, Record]) -> str:
 
 def _markdown(cells: dict[str, Record], whole: Record) -> str:
     lines = [
-        f"Times: medians on {whole['threads_of_times']} threads. Bytes: the plan's file; where a "
+        f"Times: medians, threads: {whole['threads_of_times']}. Bytes: the plan's file; where a "
         "recipe is marked *, no plan can express it: the model ran, and bytes are its packed "
         "numbers without a file around them.",
         "",
@@ -101,10 +101,11 @@ def draw_pareto(cells: dict[str, Record], whole: Record) -> Figure:
     """Accuracy against bytes, and against milliseconds at batch 1 and 64, with the frontiers."""
     axes_of = [("bytes", "bytes of the plan's file", 1e-3, "kB")]
     if whole["threads_of_times"] is not None:
-        on = f"{whole['threads_of_times']} threads"
+        threads = whole["threads_of_times"]
+        on = f"{threads} thread{'s' * (threads > 1)}"
         axes_of += [(f"ms_{b}", f"ms at batch {b}, {on}", 1.0, "ms") for b in (1, 64)]
     with matplotlib.style.context(["default", pictures.STYLE]):
-        figure = pictures.figure(11, 4.6 * len(axes_of))
+        figure = pictures.figure(11, 4.2 * len(axes_of))
         panels = figure.subplots(len(axes_of), 1, squeeze=False)[:, 0]
         for ax, (key, label, factor, unit) in zip(panels, axes_of, strict=True):
             plans = {n: c for n, c in cells.items() if c["executed_as"] == "plan" and c.get(key)}
@@ -125,7 +126,8 @@ def _panel(ax: Axes, cells: dict[str, Record], key: str, factor: float) -> None:
         ax.scatter(x, y, color=colour, label=group, s=26, zorder=3)
     points = {n: (factor * c[key], 100 * c["accuracy_mean"]) for n, c in cells.items()}
     edge = frontier(points)
-    ax.plot(*zip(*[points[n] for n in edge], strict=True), color=pictures.GREY, linewidth=1)
+    costs, scores = zip(*[points[n] for n in edge], strict=True)
+    ax.step(costs, scores, where="post", color=pictures.GREY, linewidth=1)
     for i, name in enumerate(edge):
         ax.annotate(
             name,

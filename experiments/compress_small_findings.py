@@ -39,6 +39,11 @@ def summary(runs: list[Record]) -> Record:
         }
         for batch in timed[0]["batches"] if timed else ():
             entry |= _milliseconds(name, batch, timed)
+        if timed and name in timed[0]["executed_multiply_adds"]:  # of the kernels that were timed
+            now, then = timed[0]["executed_multiply_adds"][name], entry["executed_multiply_adds"]
+            arithmetic = members[0]["energy_joules"]["arithmetic"]
+            entry["energy_joules"] += arithmetic * (now / then - 1)
+            entry["executed_multiply_adds"] = now
         cells[name] = entry
     return {"threads_of_times": timed[0]["threads"] if timed else None, "cells": cells}
 

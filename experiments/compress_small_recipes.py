@@ -59,8 +59,7 @@ def gradually(sparsity: float, epochs: float) -> Record:
     return {**tune(epochs), "sparsity": sparsity, "scope": "global"}
 
 
-PRUNED = [gradually(0.7, 2.0), tune(2.0)]
-MORE_PRUNED = [gradually(0.9, 1.0), tune(1.0)]
+PRUNED, MORE_PRUNED = [gradually(0.7, 2.0)], [gradually(0.9, 1.0)]
 NIBBLES = do("4 bits", clip=False, allocate=False, scales=8)
 SLIM = [do("channels", importance="l2", kept=0.7), tune(1.0)]
 
@@ -128,7 +127,7 @@ def _weights() -> dict[str, Recipe]:
             do("weights", kept=0.3, scope="global"), tune(0.25),
         ],
         "2 of 4 weights, tuned": [do("n of m", n=2, m=4), tune()],
-        "4x1 blocks 50 %, tuned": [do("4x1", kept=0.5), tune(0.5)],
+        "4x1 blocks 70 %, tuned": [do("4x1", kept=0.3), tune()],
     }  # fmt: skip
 
 
