@@ -227,7 +227,7 @@ def test_verdicts_follow_from_the_numbers() -> None:
         ),
         "low rank, error 0.001": _cell("low rank", 0.8, 0.2),
         "int8, min-max": _cell("bits", 0.899, 0.1, bytes=125_000),
-        "designed, width 0.5": _cell("designed small", 0.88, 0.1, bytes=150_000),
+        "designed, width 0.5": _cell("designed small", 0.88, 0.1, bytes=150_000, tuning_epochs=48),
     }
 
     def verdicts() -> list[str]:
@@ -250,5 +250,7 @@ def test_verdicts_follow_from_the_numbers() -> None:
     assert "HOLDS: 8 bits" in told and "HOLDS: dense is faster" in told
     assert "REFUTED: compressing beats" in told
     assert "MISSED: int8 file" in told and "MISSED: 70 %" in told
+    cells["designed, width 0.5"]["tuning_epochs"] = 1
+    assert any(told.startswith("NOT JUDGED: compressing") for told in verdicts())
     del cells["dense"]["ms_1"]
     assert "No verdicts" in verdicts()[0]
