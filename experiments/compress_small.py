@@ -118,7 +118,7 @@ def cells(args: argparse.Namespace) -> dict[str, Record]:
         config["name"] = name
     if args.jobs == 1 and args.scheduler is None and args.times:
         timed = [name for name, c in found.items() if c["group"] != "sweep"]
-        rounds = 3 if args.quick else 7
+        rounds = 3 if args.quick else 5
         times_of = {"group": TIMES, "names": timed, "number": args.times, "rounds": rounds}
         found[TIMES] = {**times_of, **settings}
     return found

@@ -91,7 +91,9 @@ def published(tuning: float, epochs: float) -> dict[str, dict[str, Recipe]]:
         "bits": _bits(),
         "combined": _combined(),
         "ef-operator": {
-            "ef-operator at the end, tuned": [do("additive", pointwise=False), tune()]
+            "ef-operator at the end, by labels": [
+                do("additive", pointwise=False), *by_labels([tune(0.25, LABELS_RATE)])
+            ]
         },
     }  # fmt: skip
     head = [do("load", path=MODEL)]
