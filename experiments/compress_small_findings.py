@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -121,7 +122,7 @@ def _pruning(cells: dict[str, Record], dense: Record) -> str:
         "pruning the small model cannot be recovered by retraining",
         _lost(best, dense) > EQUAL,
         f"{name!r} leaves {share:.0%} of the numbers and loses {_lost(best, dense):+.2f} points"
-        f"{also}",
+        f" after {best['tuning_epochs']:g} epochs{also}",
     )
 
 
@@ -221,13 +222,13 @@ def _file_aims(cells: dict[str, Record], dense: Record) -> Iterable[str]:
         return c["bytes"] / c["content_bytes"] - 1
 
     aims: tuple[tuple[str, str, Callable[[Record], float], float], ...] = (
-        ("int8 file, of float32's", "int8, ", ratio, 0.26),
-        ("4-bit file, of float32's", "4 bits", ratio, 0.14),
+        ("int8 file, of float32's", r"int8, .*", ratio, 0.26),
+        ("4-bit file, of float32's", r"4 bits.*", ratio, 0.14),
         ("90 % sparse file, of float32's", "weights 90 %, gradual", ratio, 0.14),
         ("code book file beyond its content", "16 values", overhead, 0.03),
     )
-    for what, start, value, most in aims:
-        found = {n: value(c) for n, c in cells.items() if n.startswith(start) and _is_plan(c)}
+    for what, pattern, value, most in aims:
+        found = {n: value(c) for n, c in cells.items() if re.fullmatch(pattern, n) and _is_plan(c)}
         if found:
             best = min(found, key=lambda n: found[n])
             lost = _lost(cells[best], dense)
