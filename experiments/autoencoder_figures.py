@@ -8,6 +8,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments import pictures
 from experiments.classify import by_cell
@@ -78,15 +79,17 @@ def cycles(runs: list[Record]) -> Figure:
     """Channels and error by cycle, of every run."""
     figure = pictures.figure(9, 3.8)
     left, right = figure.subplots(1, 2)
-    for (cell, members), colour in zip(by_cell(runs).items(), _colours(runs), strict=True):
+    for (cell, members), style in zip(by_cell(runs).items(), _styles(runs), strict=True):
+        colour, marker, line = style
         for i, run in enumerate(members):
             x = [c["cycle"] for c in run["cycles"]]
-            label = cell if i == 0 else None
             total = [sum(c["channels"]) for c in run["cycles"]]
-            left.plot(x, total, color=colour, label=label, marker="o", markersize=2.5)
             error = [c["rmse"] for c in run["cycles"]]
-            right.plot(x, error, color=colour, marker="o", markersize=2.5)
-    left.set(xlabel="cycle", ylabel="channels of the three inner layers", yscale="log")
+            for ax, y, label in ((left, total, cell if i == 0 else None), (right, error, None)):
+                ax.plot(x, y, line, color=colour, marker=marker, markersize=2.5, label=label)
+    for ax in (left, right):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.set(xlabel="cycle", ylabel="channels of inner layers", yscale="log")
     right.set(xlabel="cycle", ylabel="RMSE on test images", yscale="log")
     figure.legend(loc="outside lower center", ncols=2, fontsize=7.5)
     return figure
@@ -96,13 +99,14 @@ def pareto(runs: list[Record]) -> Figure:
     """Error against channels: every cycle of every run, its end, the controls, the baselines."""
     figure = pictures.figure(9, 4.6)
     ax = figure.subplots()
-    for (cell, members), colour in zip(by_cell(runs).items(), _colours(runs), strict=True):
+    for (cell, members), style in zip(by_cell(runs).items(), _styles(runs), strict=True):
+        colour, shape, _ = style
         steps = [(sum(c["channels"]), c["rmse"]) for r in members for c in r["cycles"]]
         x, y = zip(*steps, strict=True)
-        ax.scatter(x, y, s=9, color=colour, alpha=0.4, linewidths=0)
+        ax.scatter(x, y, s=9, color=colour, marker=shape, alpha=0.4, linewidths=0)
         ends = [(sum(r["channels"]), r["rmse"]) for r in members]
         x, y = zip(*ends, strict=True)
-        ax.scatter(x, y, s=38, color=colour, label=cell)
+        ax.scatter(x, y, s=38, color=colour, marker=shape, label=cell)
     for control, marker in (("random", "x"), ("scratch", "+")):
         found = [(sum(r["channels"]), r[control]["rmse"]) for r in runs if control in r]
         if found:
@@ -129,5 +133,8 @@ def pareto(runs: list[Record]) -> Figure:
     return figure
 
 
-def _colours(runs: list[Record]) -> list[str]:
-    return [pictures.CYCLE[i % len(pictures.CYCLE)] for i in range(len(by_cell(runs)))]
+def _styles(runs: list[Record]) -> list[tuple[str, str, str]]:
+    """Colour, marker and line of each cell: others once the colours begin again."""
+    shapes = (("o", "-"), ("s", "--"), ("^", ":"))
+    laps = [divmod(i, len(pictures.CYCLE)) for i in range(len(by_cell(runs)))]
+    return [(pictures.CYCLE[i], *shapes[lap % len(shapes)]) for lap, i in laps]
