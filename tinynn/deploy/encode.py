@@ -197,7 +197,7 @@ def _from_half(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
 def _from_upper(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
     shape, low = _shape(head), head.get("low")
     codes = _packed(arrays, "codes", head.get("bits"), math.prod(shape), most=16)
-    if type(low) is not int or not low >= 0 or codes.max() + low > 0xFFFF:
+    if type(low) is not int or not 0 <= low <= 0xFFFF - int(codes.max()):
         raise FileFormatError(f"required codes of 16 bits; came {codes.max()} above {low!r}")
     return ((codes + low).astype(np.uint32) << 16).view(np.float32).reshape(shape)
 
