@@ -14,7 +14,7 @@ from experiments.autoencoder_prune import EXPERIMENT, cells, channels, run
 from experiments.runner import Context, main
 
 TINY = ["--quick", "--images", "64", "--test-images", "20", "--batch", "32"]
-TINY += ["--first-steps", "3", "--steps", "2", "--cycles", "3"]
+TINY += ["--first-steps", "3", "--steps", "2", "--cycles", "2"]
 
 
 def config(*flags: str) -> dict[str, object]:
