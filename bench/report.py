@@ -80,6 +80,8 @@ def plot_summary(summary: Sequence[Record], path: Path) -> None:
 
     Raises OutputError.
     """
+    from matplotlib.ticker import LogLocator
+
     families = list(dict.fromkeys((s["family"], s["threads"]) for s in summary))
     peers = list(dict.fromkeys(s["peer"] for s in summary))
     peers.sort(key=lambda peer: peer == BEST_PEER)
@@ -91,14 +93,19 @@ def plot_summary(summary: Sequence[Record], path: Path) -> None:
         places = [families.index((s["family"], s["threads"])) + i * height for s in mine]
         spans = [s["geomean"] - s["worst"] for s in mine]
         bars = axes.barh(places, spans, height, [s["worst"] for s in mine], label=peer)
-        axes.plot([s["geomean"] for s in mine], places, "k|", markersize=5)
+        shown = axes.plot([s["geomean"] for s in mine], places, "o", markersize=4)[0]
+        shown.set_color(bars.patches[0].get_facecolor() if mine else "black")
         axes.bar_label(bars, [f"{s['geomean']:.2f}" for s in mine], padding=3, fontsize=6)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xscale("log")
+    ends = [s[end] for s in summary for end in ("worst", "geomean")]
+    axes.set_xlim(0.9 * min(ends, default=1), 1.15 * max(ends, default=1))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0), numticks=20))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     names = [f"{family} {threads}T" for family, threads in families]
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(families))], names, size=7)
     axes.invert_yaxis()
-    axes.margins(x=0.1)
     axes.set_xlabel("peer's time / ours: from the worst case to the geometric mean")
     axes.legend(fontsize=7)
     save(figure, path)
