@@ -319,7 +319,9 @@ def test_other_levels(level):
     files = [__file__]
     shapes = {name: (known.vector_bytes, known.rows) for name, known in simd.LEVELS.items()}
     if shapes[level] != shapes[simd.LEVEL]:
-        files.append(str(Path(__file__).with_name("test_kernels_pointwise.py")))
+        products = Path(__file__).with_name("test_kernels_pointwise.py")
+        tests = ("linear", "general_product_stays_within_its_operands")
+        files += [f"{products}::test_{name}" for name in tests]
     names = "not threads and not blocks and not parallel"
     done = run(level, "-m", "pytest", "-x", "-q", "-k", names, *files)
     assert done.returncode == 0, done.stdout + done.stderr
