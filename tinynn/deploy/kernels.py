@@ -65,13 +65,7 @@ class _Compressed(Kernel):
             prepack.add(program, y, target, y, step.relu)
 
     def _compute(
-        self,
-        layer: Layer,
-        site: Site,
-        program: Program | None,
-        y: Slot,
-        relu: bool,
-        carve: Carver,
+        self, layer: Layer, site: Site, program: Program | None, y: Slot, relu: bool, carve: Carver
     ) -> None:
         raise NotImplementedError
 
@@ -87,13 +81,7 @@ class _Sparse(_Compressed):
         return bool(np.isfinite(w).all() and np.count_nonzero(w) <= (1 - _ZEROS) * w.size)
 
     def _compute(
-        self,
-        layer: Layer,
-        site: Site,
-        program: Program | None,
-        y: Slot,
-        relu: bool,
-        carve: Carver,
+        self, layer: Layer, site: Site, program: Program | None, y: Slot, relu: bool, carve: Carver
     ) -> None:
         w, x, win = layer.arrays["weight"], site.inputs[0], window(layer)
         packed = site.packed.get(self.name, lambda: sparse.pack(w, self._block))
@@ -113,13 +101,7 @@ class _Decoded(_Compressed):
         raise NotImplementedError
 
     def _compute(
-        self,
-        layer: Layer,
-        site: Site,
-        program: Program | None,
-        y: Slot,
-        relu: bool,
-        carve: Carver,
+        self, layer: Layer, site: Site, program: Program | None, y: Slot, relu: bool, carve: Carver
     ) -> None:
         stream = site.packed.get(self.name, lambda: self._stream(layer))
         K, N = layer.arrays["weight"].shape[-2:]
