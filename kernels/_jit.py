@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import hashlib
+import itertools
 import operator
 import os
 import platform
@@ -22,6 +23,7 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 import numpy as np
+from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 from numba.core.dispatcher import _DispatcherBase
 
@@ -326,6 +328,22 @@ class _UniqueName:
 
     def format(self, **_: object) -> str:
         return f"{self._stem}{uuid.uuid4().hex}.nbc"
+
+
+def _number_anew() -> None:
+    """Let Numba number the functions that it compiles from a place of this process's own.
+
+    It counts 1, 2, 3, ... in every process, and the symbols of two closures of one function differ
+    in these numbers only. Of closures that two processes compiled, a third that loads both from the
+    cache would take one for the other, without a word.
+    """
+    identity: Any = FunctionIdentity
+    identity._unique_ids = itertools.count(uuid.uuid4().int >> 66)  # 62 bits
+
+
+_number_anew()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_number_anew)
 
 
 class _Cache(FunctionCache):

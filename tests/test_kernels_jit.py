@@ -225,6 +225,47 @@ def test_four_processes_compile_different_signatures_at_once(tmp_path):
     assert int(output.split()[-1]) >= 1
 
 
+CLOSURES = """
+import os
+import sys
+import numpy as np
+from numba import types
+from numba.core.bytecode import FunctionIdentity
+from kernels import _jit, program
+
+def make(k):
+    @_jit.jit
+    def put(x):
+        x[0] = k
+    return put
+
+closures, x = [make(int(k)) for k in sys.argv[1:]], np.zeros(1)
+for put in closures:
+    put(x)
+kinds = [types.Array(types.float64, 1, "C")]
+print(*(program._entry(put, kinds) for put in closures), flush=True)
+child = os.fork() if hasattr(os, "fork") else None
+os.write(1, b"%d\\n" % next(FunctionIdentity._unique_ids))
+if child:
+    os.waitpid(child, 0)
+"""
+
+
+def test_closures_that_other_processes_compiled_are_told_apart(tmp_path):
+    file = tmp_path / "closures.py"
+    file.write_text(CLOSURES)
+    root = Path(_jit.__file__).parents[1]
+    environment = {**os.environ, "TINYNN_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(root)}
+    numbers: list[str] = []
+    for constants in (["2"], ["3"], ["2", "3"]):
+        command = [sys.executable, str(file), *constants]
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        addresses, *counts = child.stdout.splitlines()
+        assert len(set(addresses.split())) == len(constants)
+        numbers += counts
+    assert len(set(numbers)) == len(numbers)  # after a fork, too
+
+
 def test_threads_can_be_set_and_read():
     before = _jit.get_threads()
     try:
