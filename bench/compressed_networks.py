@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,15 @@ _INT8_PEERS = ("onnxruntime_int8", "openvino_int8")
 LIBRARIES = (OURS, DENSE, "torch", "onnxruntime", "openvino", *_INT8_PEERS)
 
 #: Each model with the shapes of images (B, H, W, C) that it is timed on.
-MODELS = {
+_LISTED = {
     "small_cifar": ((1, 32, 32, 3), (64, 32, 32, 3)),
     "baseline": ((1, 24, 24, 3), (64, 24, 24, 3)),
     "baseline_composing": ((1, 24, 24, 3),),
     "baseline_separable": ((1, 24, 24, 3),),
 }
+#: Those that `bench.networks` has no list of layers for: torch has no part in their cases.
+_LARGE = dict.fromkeys(("resnet34", "separable_resnet34"), ((1, 224, 224, 3),))
+MODELS = {**_LISTED, **_LARGE}
 _DENSITIES = (0.1, 0.3)
 _SEEN = 16  # images that ranges of activations are taken from
 #: `variant` of a case: the technique wherever it can run, or for each layer the fastest kernel
@@ -64,7 +68,8 @@ def _models(family: str) -> list[str]:
     if family == "plan_dense":
         return list(MODELS)
     windowed = family not in ("plan_codebook", "plan_float16")  # these have kernels for products
-    return ["small_cifar", *(["baseline"] if windowed else [])]
+    large = ["separable_resnet34"] if family == "plan_int8" else []
+    return ["small_cifar", *(["baseline"] if windowed else []), *large]
 
 
 def _choices(family: str) -> list[tuple[dict[str, Any], str]]:
@@ -77,31 +82,47 @@ def _choices(family: str) -> list[tuple[dict[str, Any], str]]:
 def contestants(case: Case) -> Sequence[str]:
     """Runtimes of others run the dense model, factors of low rank, and the model in 8 bits."""
     if case.family == "plan_dense":
-        return OURS, "torch", "onnxruntime", "openvino"
+        torch = () if case["model"] in _LARGE else ("torch",)
+        return OURS, *torch, "onnxruntime", "openvino"
     runtimes = {"plan_lowrank": ("onnxruntime", "openvino"), "plan_int8": _INT8_PEERS}
     return OURS, DENSE, *runtimes.get(case.family, ())
 
 
 def work(case: Case) -> Work:
-    """The dense network's multiply-adds; images, result and float32 weights moved once."""
-    network = _layers(case)
-    macs = networks.multiply_adds(network, case.shape("x"))
-    size = sum(math.prod(shape) for shape in networks.parameters(network))
-    moved = math.prod(case.shape("x")) + image_step.CLASSES * case.shape("x")[0] + size
-    return Work(flops=2 * sum(macs), bytes=4 * moved)
+    """The dense network's multiply-adds; images, result and float32 weights moved once.
 
-
-def _layers(case: Case) -> list[networks.Layer]:
-    """Raises KeyError or ValueError where the case does not say which network."""
-    x, name, variant = case.shape("x"), case["model"], case.variant
+    Raises KeyError or ValueError where the case does not say which network.
+    """
+    x, name, variant = case.shape("x"), str(case["model"]), case.variant
     if name not in MODELS or len(x) != 4 or x[3] != 3 or variant not in (_FORCED, _MEASURED):
         raise ValueError(
             f"required a model of {', '.join(MODELS)}, images (B, H, W, 3), a variant {_FORCED} or "
             f"{_MEASURED}; came {name}, {x}, {variant}"
         )
+    if name in _LARGE:
+        macs, size, classes = _counted(name, x)
+    else:
+        network = _layers(name)
+        macs, classes = sum(networks.multiply_adds(network, x)), image_step.CLASSES
+        size = sum(math.prod(shape) for shape in networks.parameters(network))
+    return Work(flops=2 * macs, bytes=4 * (math.prod(x) + x[0] * classes + size))
+
+
+@cache
+def _counted(name: str, x: tuple[int, ...]) -> tuple[int, int, int]:
+    """Multiply-adds, parameters and classes, as tinynn counts them."""
+    import numpy as np
+
+    from tinynn.count import count
+
+    found = count(_published(name), np.zeros(x, np.float32))
+    return found.macs, found.parameters, found.layers[-1].output[-1]
+
+
+def _layers(name: str) -> list[networks.Layer]:
     if name == "small_cifar":
         return networks.small_cifar()
-    return networks.baseline(str(name).partition("_")[2] or "conv")
+    return networks.baseline(name.partition("_")[2] or "conv")
 
 
 def build(library: str, case: Case) -> Built:
@@ -144,9 +165,8 @@ def model(case: Case, *, dense: bool = False) -> Any:
     import numpy as np
 
     from tinynn.compress import factorize, quantize
-    from tinynn.models import PUBLISHED
 
-    net = PUBLISHED[str(case["model"])].build(np.random.default_rng(0))
+    net = _published(str(case["model"]))
     technique = case.family.removeprefix("plan_")
     if technique == "lowrank":
         net = factorize.layers(net, np.zeros(case.shape("x"), np.float32), _half_rank)
@@ -157,6 +177,14 @@ def model(case: Case, *, dense: bool = False) -> Any:
         for weight in _weights(net):
             weight.mutate()[...] = _changed(case, technique, weight.data)
     return net.eval()
+
+
+def _published(name: str) -> Any:
+    import numpy as np
+
+    from tinynn.models import FURTHER, PUBLISHED
+
+    return (PUBLISHED | FURTHER)[name].build(np.random.default_rng(0))
 
 
 def _half_rank(values: Any, size: int) -> int:
@@ -197,7 +225,7 @@ def _torch(case: Case, x: Any) -> dict[str, layers.Call]:
     """Eager; its weights are others, drawn anew, as its answer has no say in its time."""
 
     def build(image: Any) -> layers.Call:
-        net, images = networks.torch_network(_layers(case)).eval(), image(x)
+        net, images = networks.torch_network(_layers(str(case["model"]))).eval(), image(x)
 
         def call() -> None:
             net(images)
