@@ -303,9 +303,28 @@ def _repeat_loop(X, R, Y):
                 Y[m, c * R + r] = X[m, c]
 
 
+def _scatter_loop(X, P, value, Y):
+    # Y[m, P[c]] = X[m, c], `value` elsewhere;  X (M, C), P (C,), Y (M, N)
+    M, C = X.shape
+    for m in prange(M):
+        Y[m, :] = value
+        for c in range(C):
+            Y[m, P[c]] = X[m, c]
+
+
+def _scatter_onto_loop(X, P, Y):
+    # Y[m, P[c]] += X[m, c];  X (M, C), P (C,), Y (M, N)
+    M, C = X.shape
+    for m in prange(M):
+        for c in range(C):
+            Y[m, P[c]] += X[m, c]
+
+
 _add = Variants(_add_loop)
 _columns = Variants(_columns_loop)
 _repeat = Variants(_repeat_loop)
+_scatter = Variants(_scatter_loop)
+_scatter_onto = Variants(_scatter_onto_loop)
 _softmax = Variants(_softmax_loop)
 _unary = {
     "relu": elementwise._relu,
@@ -345,6 +364,21 @@ def repeat(program: Program, x: Slot, times: int, y: Slot) -> None:
     """Each channel (last axis) of x `times` times."""
     rows = [s.reshape(-1, s.shape[-1]) for s in (x, y)]
     program.add(_repeat, x.nbytes + y.nbytes, rows[0], times, rows[1])
+
+
+def scatter(
+    program: Program, x: Slot, places: np.ndarray, value: float, y: Slot, onto: bool = False
+) -> None:
+    """Channel c of x (last axis) at places[c] of y, an int32 each and all different.
+
+    The other channels of y are `value`; `onto`: they stay, and x is added to what y holds.
+    """
+    x2, y2 = (s.reshape(-1, s.shape[-1]) for s in (x, y))
+    work = x.nbytes + y.nbytes
+    if onto:
+        program.add(_scatter_onto, work, x2, places, y2)
+    else:
+        program.add(_scatter, work, x2, places, np.float32(value), y2)
 
 
 def frame(

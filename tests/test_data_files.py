@@ -166,6 +166,14 @@ def test_a_label_that_is_no_digit_and_labels_too_few(tmp_path):
             data.mnist(tmp_path)
 
 
+def test_images_for_testing_are_as_large_as_those_for_training(tmp_path):
+    contents, _ = mnist_files()
+    contents["t10k-images-idx3-ubyte"] = idx(np.zeros((3, 20, 28), np.uint8))
+    write(tmp_path, contents)
+    with pytest.raises(FileFormatError, match=r"t10k-images.*offset 8: required images of"):
+        data.mnist(tmp_path)
+
+
 def test_damaged_gzip_files_are_refused(tmp_path):
     contents, _ = mnist_files()
     write(tmp_path, contents, gzip.compress, ".gz")

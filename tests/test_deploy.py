@@ -6,6 +6,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import tinynn as tn
 from kernels import _jit, program
 from tinynn import nn
+from tinynn.deploy.steps import Scatter
 from tinynn.errors import CompileError, ConfigError, DTypeError, ShapeError
 from tinynn.models import thesis
 from tinynn.nn.module import mode
@@ -163,6 +165,36 @@ def test_values_that_are_still_needed_are_not_overwritten() -> None:
         before = x.copy()
         assert close(plan(x), expected(model, x))
         assert np.array_equal(x, before)
+
+
+def test_thinned_branches_are_scattered_onto_the_sum(tmp_path: Path) -> None:
+    """What `blocks.thin` leaves; a scatter whose sum is rectified, or that no sum reads."""
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, rng=rng),
+        nn.Add(
+            nn.Sequential(nn.Conv2d(6, 2, 3, rng=rng), nn.Scatter((4, 1), 6)), nn.Shortcut(6, 6)
+        ),
+        nn.Add(nn.Shortcut(6, 6), nn.Sequential(nn.Conv2d(6, 1, 3, rng=rng), nn.Scatter((5,), 6))),
+        nn.ReLU(),
+        nn.Scatter((0, 7, 3, 2, 6, 5), 9),
+        nn.GlobalAvgPool2d(),
+        nn.Scatter((8, 0, 1, 2, 3, 4, 5, 6, 7), 10),
+    )
+    plan = tn.compile(model, images(rng, 1, 5, 4, 3), choose="dense")
+    assert [(a.step.kind, a.step.onto_operand) for a in plan.network.layers] == [
+        ("conv", False), ("conv", False), ("scatter", True), ("conv", False), ("scatter", False),
+        ("add", False), ("scatter", False), ("globalsum", False), ("scatter", False),
+    ]  # fmt: skip
+    plan.save(tmp_path / "thin.plan")
+    loaded = tn.Plan.load(tmp_path / "thin.plan")
+    for batch in (1, 9):
+        x = images(rng, batch, 5, 4, 3)
+        assert close(plan(x), expected(model, x))
+        assert np.array_equal(plan(x), loaded(x))
+    for places in ([0, 0], [0, 6], [-1, 0], [0]):
+        with pytest.raises(ShapeError, match="places"):
+            Scatter(6).result([(5, 4, 2)], {"places": np.array(places, np.int32)})
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,17 @@ def image(x: Any) -> Any:
     return ops.max_pool2d(x, 2, stride=1, padding="same")
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_scattered_channels_run_in_onnxruntime(flat: bool, tmp_path: Path) -> None:
+    tail = [nn.GlobalAvgPool2d()] if flat else []
+    scatter = nn.Scatter((5, 0, 2), 6)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, rng=rng()), *tail, scatter, nn.Tanh()).eval()
+    x = normal(2, 4, 5, 2)
+    tn.onnx.export(model, x[:1], tmp_path / "model.onnx")
+    got = session(tmp_path / "model.onnx").run(None, {"input": x})[0]
+    close(got, model(tn.Tensor(x)).data)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_ops_outside_layers(name: str, tmp_path: Path) -> None:
     round_trip(Function(FUNCTIONS[name]), normal(2, 5, 7, 3), tmp_path / "model.onnx")

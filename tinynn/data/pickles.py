@@ -69,6 +69,9 @@ class _Machine:
             self.at = self.next
             code = self.take(1)
             if code == b".":
+                if self.next < len(self.data):
+                    self.at = self.next
+                    self.fail("required the end of the file; came more bytes")
                 return self.pop()
             if code not in _INSTRUCTIONS:
                 self.fail(f"required an instruction that builds plain data; came {code!r}")

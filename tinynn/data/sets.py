@@ -127,6 +127,9 @@ def _idx(name: str, classes: tuple[str, ...], data_dir: PathLike | None) -> Pair
             header, values = parse_idx(reader, 3 if "images" in file else 1)
         check(path, header + values.tobytes(), name, file)
         arrays.append(values)
+    pixels, others = arrays[0].shape[1:], arrays[2].shape[1:]
+    if pixels != others:
+        fail(paths[2], 8, f"required images of {pixels}, as for training; came {others}")
     pairs = []
     for i in (0, 2):
         images, labels, where = arrays[i], arrays[i + 1], paths[i + 1]

@@ -24,6 +24,7 @@ from tinynn.deploy.steps import (
     Layer,
     Linear,
     ScaleShift,
+    Scatter,
     Step,
 )
 
@@ -112,7 +113,9 @@ def _residuals(sketch: Sketch, layers: list[Layer]) -> list[Layer]:
         for producer, other in (addition.inputs, addition.inputs[::-1]):
             made = next((a for a in layers if a.output == producer), None)
             if made is not None and _may_move(sketch, layers, made, other, addition):
-                step = _with(made.step, relu=getattr(addition.step, "relu", False), onto=True)
+                step = _with(made.step, onto=True)
+                if getattr(addition.step, "relu", False):
+                    step = _with(step, relu=True)
                 inputs = (made.inputs[0], other)
                 joined = replace(made, step=step, inputs=inputs, output=addition.output)
                 layers = [joined if a is addition else a for a in layers if a is not made]
@@ -125,7 +128,10 @@ def _may_move(
 ) -> bool:
     """Whether `made` can run in the place of `addition` and write onto value `other`."""
     step = made.step
-    if not isinstance(step, Linear | Conv) or step.relu or step.onto:
+    if isinstance(step, Scatter):
+        if step.onto or step.value or getattr(addition.step, "relu", False):
+            return False
+    elif not isinstance(step, Linear | Conv) or step.relu or step.onto:
         return False
     if _uses(sketch, layers)[made.output] != 1:
         return False

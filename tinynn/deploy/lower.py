@@ -25,6 +25,7 @@ from tinynn.deploy.steps import (
     Pool,
     Reshape,
     ScaleShift,
+    Scatter,
     Step,
 )
 from tinynn.errors import CompileError, DTypeError
@@ -221,6 +222,11 @@ class _Lowering(IntegerLowering):
             number = self.append(node, Pad(some, value), [number])
         return number
 
+    def scatter(self, node: Node) -> int:
+        op: Any = node.op
+        step = Scatter(op.width, float(op.value))
+        return self.append(node, step, self.data(node, 0), places=np.array(op.places, np.int32))
+
 
 _LOWER: dict[str, Callable[[_Lowering, Node], int]] = {
     "add": _Lowering.arithmetic,
@@ -240,6 +246,7 @@ _LOWER: dict[str, Callable[[_Lowering, Node], int]] = {
     "relu": _Lowering.activation,
     "reshape": _Lowering.reshape,
     "scale_shift": _Lowering.scale_shift,
+    "scatter": _Lowering.scatter,
     "sigmoid": _Lowering.activation,
     "softmax": _Lowering.activation,
     "sub": _Lowering.arithmetic,

@@ -448,6 +448,31 @@ class Pad(_Moving):
 
 
 @dataclass(frozen=True)
+class Scatter(Step):
+    """x[..., c] at [..., places[c]] of (..., width); `value` elsewhere, or onto an operand."""
+
+    width: int = 0
+    value: float = 0.0
+    onto: bool = False
+
+    weights = ("places",)
+    dtypes: ClassVar[Mapping[str, Any]] = {"places": np.dtype(np.int32)}
+
+    def result(self, inputs: Sequence[Shape], arrays: Arrays) -> Shape:
+        x, places = inputs[0], arrays["places"]
+        out = (*x[:-1], self.width)
+        fits = x and places.shape == x[-1:] and math.prod(out) <= LARGEST
+        inside = fits and places.size and places.min() >= 0 and places.max() < self.width
+        if not inside or len(np.unique(places)) < places.size or (self.onto and inputs[1] != out):
+            self.refuse(f"x (..., C), C different places below {self.width}", inputs, arrays)
+        return out
+
+    def emit(self, at: Site) -> None:
+        x, places = at.inputs[0], at.arrays["places"]
+        prepack.scatter(at.program, x, places, self.value, at.output, self.onto)
+
+
+@dataclass(frozen=True)
 class Reshape(_Moving):
     """The same elements under another shape: nothing is done."""
 

@@ -194,6 +194,22 @@ def _pad(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
     w.put(node, w.emit(node, "Pad", inputs, mode="constant"), layout)
 
 
+def _scatter(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
+    """One more channel of `value`, which is taken wherever no channel has its place."""
+    op: Any = node.op
+    name, layout = _as_it_stands(w, node.inputs[0])
+    where, axes = node.path or "model", len(node.output.shape)
+    axis = 1 if layout == "image" else axes - 1
+    pads = [0] * axes + [int(i == axis) for i in range(axes)]
+    value = w.constant(f"{where}/value", op.value, node.output.dtype)
+    padding = [name, w.constant(f"{where}/pads", pads, "int64"), value]
+    source = np.full(op.width, len(op.places))
+    source[list(op.places)] = range(len(op.places))
+    inputs = [w.emit(node, "Pad", padding, mode="constant")]
+    inputs.append(w.constant(f"{where}/source", source.tolist(), "int64"))
+    w.put(node, w.emit(node, "Gather", inputs, axis=axis), layout)
+
+
 def _reshape(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
     (x,) = node.inputs
     small, large = node.output.shape, shapes[node.output.index]
@@ -309,6 +325,7 @@ EMITTERS: dict[str, Emitter] = {
     "max": partial(_reduction, "ReduceMax"),
     "concat": _concat,
     "pad": _pad,
+    "scatter": _scatter,
     "reshape": _reshape,
     "transpose": _transpose,
     "index": _index,
