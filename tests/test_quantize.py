@@ -559,3 +559,18 @@ def test_layers_with_few_scales_take_fewer_bytes_and_lose_little() -> None:
     assert narrow < wide - 512 * 3
     with pytest.raises(ConfigError, match="scales"):
         quantize.Scheme(scales=-1)
+
+
+def test_a_quantised_model_is_quantised_anew_from_its_own_weights() -> None:
+    model, x = net(), images(40)
+    byte, half = quantize.int8(model, [x]), quantize.float16(model)
+    wanted = byte.eval()(tn.Tensor(x)).data
+    for first in (byte, half, quantize.dynamic(model, x)):
+        again = quantize.int8(first, [x]).eval()
+        np.testing.assert_array_equal(again(tn.Tensor(x)).data, wanted)
+        assert tn.compile(again, x[:1], choose="dense")(x).shape == wanted.shape
+    back = quantize.float16(quantize.float16(half)).eval()
+    np.testing.assert_array_equal(back(tn.Tensor(x)).data, half.eval()(tn.Tensor(x)).data)
+    folded = quantize.float16(fold_batchnorm(model, x))
+    with pytest.raises(ConfigError, match="an Observer of a model without grids"):
+        quantize.int8(folded, observe(folded, [x], bins=64))

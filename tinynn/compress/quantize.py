@@ -22,8 +22,9 @@ Where grids lie in a model of fixed ranges:
 - what nothing but floating-point arithmetic reads stays floating: the model's result, or the
   argument of a tanh, whose result then has a grid if need be.
 
-`fold_batchnorm` comes first; a batch norm that it leaves is a scale and a shift, whose integer form
-is a depthwise 1x1 convolution with weights of +-127.
+A model that is quantised already loses its grids: the new ones come from the floating-point weights
+that it keeps. `fold_batchnorm` comes first; a batch norm that it leaves is a scale and a shift,
+whose integer form is a depthwise 1x1 convolution with weights of +-127.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def float16(model: Module) -> Module:
     Nothing but the storage changes: it computes in float32. Raises ConfigError for a weight beyond
     float16's range.
     """
-    out = model.copy()
+    out = _plain(model)
     slots: dict[Module, Slots] = {}
     for path, module in out.named_modules():
         if not hasattr(module, "using"):
@@ -127,7 +128,7 @@ def dynamic(model: Module, example: npt.ArrayLike, scheme: Scheme | None = None)
     to trace the graph on. A scale and shift stays floating.
     """
     scheme = scheme or Scheme()
-    out = fold_batchnorm(model, example)
+    out = fold_batchnorm(_plain(model), example)
     graph = trace(out, example)
     layers = {p: n for p, n in weighted(graph, out).items() if n.op.name != "scale_shift"}
     modules = dict(out.named_modules())
@@ -151,7 +152,7 @@ def int8(
 
     `ranges` chooses each activation's range from its histogram, `activations` are their bits; the
     model's input always has 8. Raises ConfigError naming an op with weights that no layer with
-    `using` runs, or for an Observer of a model with batch norms; DataError without data.
+    `using` runs, or for an Observer of a model with batch norms or grids; DataError without data.
     """
     if activations not in range(2, 9):
         raise ConfigError(f"quantize: required activations of 2 ... 8 bits; came {activations}")
@@ -308,13 +309,15 @@ def _observed(model: Module, data: Observer | Iterable[Any]) -> tuple[Module, Ob
                 f"quantize: batch norms at {norms}; fold_batchnorm(model, example) first, and "
                 "observe the result"
             )
+        if any(isinstance(m, Quantized) for _, m in model.named_modules()):
+            raise ConfigError("quantize: required batches, or an Observer of a model without grids")
         return model, data
     batches = iter(data)
     first = next(batches, None)
     if first is None:
         raise DataError("quantize: required at least one batch; came none")
     x = np.asarray(first[0] if isinstance(first, tuple) else first)
-    folded = fold_batchnorm(model, x[:1])
+    folded = fold_batchnorm(_plain(model), x[:1])
     return folded, observe(folded, itertools.chain([first], batches), bins=_BINS)
 
 
@@ -325,6 +328,18 @@ def _pooled(seen: Observer, values: Iterable[Value]) -> Histogram:
     out = Histogram(first.bins)
     for one in (first, *others):
         out.merge(one)
+    return out
+
+
+def _plain(model: Module) -> Module:
+    """A copy without the grids of an earlier quantisation."""
+    out = model.copy()
+    for _, module in list(out.named_modules()):
+        if isinstance(module, Quantized):
+            if module is out:
+                out = module.layer.train(module.training)
+            else:
+                swap(out, module, module.layer)
     return out
 
 
