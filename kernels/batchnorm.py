@@ -29,7 +29,8 @@ from kernels._jit import Variants, jit, prepared
 _NV = 2 * simd.TILE[1]  # vectors of a tile: many, for long reads from consecutive addresses
 _BLOCK = 128  # rows summed in the arrays' dtype
 _STEP_BYTES = 16 * 1024  # gone through tile by tile: fits the first-level cache
-_LARGE = 8 << 20  # bytes from which on memory is slow, and fast only in the order of addresses
+_LARGE = 8 << 20  # bytes from which on memory is slow, and fast in the order of addresses
+_HUGE = 24 << 20  # bytes from which on it is fast in that order only, whatever is asked for ahead
 _CHUNKS = 16  # at most: parts that threads share
 _CHUNK_ROWS = 64  # at least
 _SHIFT_ROWS = 16  # whose mean the shift is
@@ -50,6 +51,25 @@ def _rows(c, chunks, n, F):
     R = (n + F - 1) // F
     size = (R + chunks - 1) // chunks
     return min(R, c * size), min(R, (c + 1) * size), n // F
+
+
+@jit
+def _fetch(X, F, first, end, r, j):
+    # Rows wider than a tile are not read in the order of addresses, in which processors ask for
+    # memory ahead. So while rows first <= r < end are gone through, those that follow are asked
+    # for, in that order: a tile of them for each tile j of row r.
+    lanes = simd.lanes(X)
+    W = _NV * lanes
+    if W < F:
+        simd.prefetch(_NV, X, end * F + j * (end - first) + (r - first) * W, lanes)
+
+
+@jit
+def _aligned(rows, P, X):
+    # (rows, P) of X's dtype; no vector straddles cache lines
+    raw = np.empty(rows * P + memory.ALIGNMENT // X.itemsize, X.dtype)
+    first = -raw.ctypes.data % memory.ALIGNMENT // X.itemsize
+    return raw[first : first + rows * P].reshape(rows, P)
 
 
 @jit
@@ -84,6 +104,7 @@ def _moments(X, F, c, chunks, step, shift, part, total):
             a = simd.load(1, _NV, shift, j, 0)
             s, q = simd.load(1, _NV, part, j, 0), simd.load(1, _NV, part, P + j, 0)
             for r in range(first, fast):
+                _fetch(X, F, first, end, r, j)
                 d = simd.sub(simd.load(1, _NV, X, r * F + j, 0), a)
                 s = simd.add(s, d)
                 q = simd.fma(q, d, d)
@@ -117,6 +138,7 @@ def _scaled(X, F, c, chunks, step, V, low, Y):
             shift = simd.load(1, _NV, V, 2 * P + j, 0)
             for r in range(first, fast):
                 i = r * F + j
+                _fetch(X, F, first, end, r, j)
                 d = simd.sub(simd.load(1, _NV, X, i, 0), mean)
                 simd.store(simd.maximum(simd.fma(shift, scale, d), least), Y, i, 0)
             for r in range(fast, end):
@@ -148,6 +170,8 @@ def _grad_moments(G, X, gated, F, c, chunks, step, V, part, total):
             s, q = simd.load(1, _NV, part, j, 0), simd.load(1, _NV, part, P + j, 0)
             for r in range(first, fast):
                 i = r * F + j
+                _fetch(G, F, first, end, r, j)
+                _fetch(X, F, first, end, r, j)
                 g = simd.load(1, _NV, G, i, 0)
                 d = simd.sub(simd.load(1, _NV, X, i, 0), mean)
                 if gated:
@@ -188,6 +212,8 @@ def _grad_scaled(G, X, gated, F, c, chunks, step, V, D):
             back = simd.load(1, _NV, V, 4 * P + j, 0)
             for r in range(first, fast):
                 i = r * F + j
+                _fetch(G, F, first, end, r, j)
+                _fetch(X, F, first, end, r, j)
                 g = simd.load(1, _NV, G, i, 0)
                 d = simd.sub(simd.load(1, _NV, X, i, 0), mean)
                 if gated:
@@ -291,7 +317,7 @@ def _repeat(v, row):
 
 def _forward_loop(X, F, P, chunks, step, gamma, beta, eps, relu, Y, mean, var):
     # X, Y (M, C), gamma, beta, mean, var (C,)
-    V, part = np.empty((3, P), X.dtype), np.empty((chunks, 2, P), X.dtype)
+    V, part = _aligned(3, P, X), _aligned(2 * chunks, P, X).reshape(chunks, 2, P)
     total = np.empty((chunks, 2, P), np.float64)
     low = X.dtype.type(0 if relu else -np.inf)
     _near_mean(X, total[0, 0], V[0])
@@ -306,7 +332,7 @@ def _backward_loop(
     G, X, gated, F, P, chunks, step, gamma, beta, mean, var, eps, D, ggamma, gbeta
 ):  # fmt: skip
     # G, X, D (M, C), gamma, beta, mean, var, ggamma, gbeta (C,)
-    V, part = np.empty((5, P), X.dtype), np.empty((chunks, 2, P), X.dtype)
+    V, part = _aligned(5, P, X), _aligned(2 * chunks, P, X).reshape(chunks, 2, P)
     total = np.empty((chunks, 2, P), np.float64)
     _normal(gamma, beta, mean, var, eps, V)
     for c in prange(chunks):
@@ -344,7 +370,8 @@ def _plan(rows: int, channels: int, itemsize: int) -> _Plan:
     tile = _NV * lanes
     # Rows of whole vectors; a tile that is not filled costs about three that are.
     unit = lanes // math.gcd(channels, lanes)
-    large = rows * channels * itemsize >= _LARGE
+    size = rows * channels * itemsize
+    large = size >= _LARGE
     widest = _FOLDED_BYTES * (1 if large else 4) // (channels * itemsize)
     most = min(tile, rows // _FOLDED_ROWS, widest)
 
@@ -356,7 +383,7 @@ def _plan(rows: int, channels: int, itemsize: int) -> _Plan:
     width = channels * fold
     parts = max(1, min(_CHUNKS, -(-rows // fold) // _CHUNK_ROWS))
     step = max(4, min(_BLOCK, _STEP_BYTES // (width * itemsize)))
-    if large and width > tile:
+    if size >= _HUGE and width > tile:
         step = 1
     return _Plan(width, -(-width // tile) * tile, 1 << (parts.bit_length() - 1), step)
 

@@ -21,19 +21,21 @@ from kernels._jit import Variants, prepared
 from kernels.geometry import Window
 
 _TASKS = 16  # wanted at least
+_AHEAD_BYTES = 1 << 20  # of images: what is smaller stays in the second-level cache
 
 
 # --- kernels --------------------------------------------------------------------------------------
 
 
 def _weighted(nr: int) -> Any:
-    def weighted(X, y_at, y_from, y_in, y_out, x_at, x_from, x_in, x_out, Y, parts):
+    def weighted(X, y_at, y_from, y_in, y_out, x_at, x_from, x_in, x_out, Y, parts, below):
         # Y[b, i, j, c] = y_out[i] x_out[j] sum_{e, f} y_in[e] x_in[f] X[b, y_from[e], x_from[f], c]
         # y_at[i] <= e < y_at[i + 1], x_at[j] <= f < x_at[j + 1]
-        # X (B, H, N, C), Y (B, OH, ON, C)
+        # X (B, H, N, C), Y (B, OH, ON, C); what lies `below` ahead in X is asked for, unless 0
         B, H, N, C = X.shape
         OH, ON = Y.shape[1:3]
-        W = nr * simd.lanes(X)
+        L = simd.lanes(X)
+        W = nr * L
         for task in prange(B * parts):
             b, part = task // parts, task % parts
             for i in range(OH * part // parts, OH * (part + 1) // parts):
@@ -46,6 +48,8 @@ def _weighted(nr: int) -> Any:
                             row = (b * H + y_from[e]) * N
                             for f in range(x_at[j], x_at[j + 1]):
                                 ix = (row + x_from[f]) * C + c
+                                if below:
+                                    simd.prefetch(nr, X, ix + below, L)
                                 weight = simd.fill(1, 1, X, y_in[e] * x_in[f])
                                 if c + W <= C:
                                     x = simd.load(1, nr, X, ix, 0)
@@ -62,14 +66,16 @@ def _weighted(nr: int) -> Any:
 
 
 def _largest(nr: int, np: int) -> Any:
-    def largest(X, y_at, y_from, x_at, x_from, low, Y, P, parts):
+    def largest(X, y_at, y_from, x_at, x_from, low, Y, P, parts, below):
         # Y[b, i, j, c] = max_{e, f} X[b, y_from[e], x_from[f], c],
         # P[b, i, j, c] its place y_from[e] N + x_from[f]
         # e, f as above, in order; the first of equals or the first NaN; low and -1 if there is none
         # X (B, H, N, C), Y, P (B, OH, ON, C); np vectors of P have the lanes of nr vectors of X
+        # `below` as above
         B, H, N, C = X.shape
         OH, ON = Y.shape[1:3]
-        W = nr * simd.lanes(X)
+        L = simd.lanes(X)
+        W = nr * L
         integer = P.dtype.type
         for task in prange(B * parts):
             b, part = task // parts, task % parts
@@ -89,6 +95,8 @@ def _largest(nr: int, np: int) -> Any:
                             for f in range(f_lo, f_hi):
                                 at = y_from[e] * N + x_from[f]
                                 ix = (b * H * N + at) * C + c
+                                if below:
+                                    simd.prefetch(nr, X, ix + below, L)
                                 if c + W <= C:
                                     x = simd.load(1, nr, X, ix, 0)
                                 else:
@@ -106,21 +114,41 @@ def _largest(nr: int, np: int) -> Any:
     return largest
 
 
-def _scatter_loop(G, P, X):
-    # X[b, P[b, o, c], c] = sum of G[b, o, c] over o, in order; else 0
-    # G, P (B, windows, C), X (B, pixels, C); places outside X: nowhere
-    B, windows, C = G.shape
-    pixels = X.shape[1]
-    for b in prange(B):
-        X[b] = 0
-        for o in range(windows):
-            for c in range(C):
-                place = P[b, o, c]
-                if 0 <= place < pixels:
-                    X[b, place, c] += G[b, o, c]
+def _returned(nr: int, np: int) -> Any:
+    def returned(G, P, y_at, y_from, x_at, x_from, X, parts):
+        # X[b, i, j, c] = sum_{e, f} G[b, y_from[e], x_from[f], c] where P there is i N + j
+        # e, f as above, in order: the windows that pixel (i, j) lies in
+        # X (B, H, N, C), G, P (B, OH, ON, C); vectors as above
+        B, H, N, C = X.shape
+        OH, ON = G.shape[1:3]
+        W = nr * simd.lanes(X)
+        integer = P.dtype.type
+        none = simd.zeros(1, nr, G)
+        for task in prange(B * parts):
+            b, part = task // parts, task % parts
+            for i in range(H * part // parts, H * (part + 1) // parts):
+                for j in range(N):
+                    ix = ((b * H + i) * N + j) * C
+                    here = simd.fill(1, np, P, integer(i * N + j))
+                    for c in range(0, C, W):
+                        acc = simd.zeros(1, nr, G)
+                        for e in range(y_at[i], y_at[i + 1]):
+                            row = (b * OH + y_from[e]) * ON
+                            for f in range(x_at[j], x_at[j + 1]):
+                                at = (row + x_from[f]) * C + c
+                                if c + W <= C:
+                                    g = simd.load(1, nr, G, at, 0)
+                                    place = simd.load(1, np, P, at, 0)
+                                else:
+                                    g = simd.load_part(1, nr, G, at, 0, 0, 1, C - c)
+                                    place = simd.load_part(1, np, P, at, 0, 0, 1, C - c)
+                                acc = simd.add(acc, simd.equal(place, here, g, none))
+                        if c + W <= C:
+                            simd.store(acc, X, ix + c, 0)
+                        else:
+                            simd.store_part(acc, X, ix + c, 0, 0, 1, C - c)
 
-
-_scatter = Variants(_scatter_loop)
+    return returned
 
 
 @cache
@@ -133,10 +161,21 @@ def _largest_kernel(nr: int, np: int) -> Variants:
     return Variants(_largest(nr, np))
 
 
+@cache
+def _returned_kernel(nr: int, np: int) -> Variants:
+    return Variants(_returned(nr, np))
+
+
 def _vectors(channels: int, itemsize: int) -> int:
     """How many vectors of a pixel are taken at once: 1, 2 or 4."""
     most = channels * itemsize // (4 * simd.LANES)
     return 4 if most >= 4 else max(1, most // 2 * 2)
+
+
+def _with_places(channels: int, itemsize: int) -> tuple[int, int]:
+    """How many vectors of a pixel, and of the places that go with them (0: half a vector)."""
+    # A vector of int32 has twice the lanes of one of float64.
+    return (_vectors(channels, 4),) * 2 if itemsize == 4 else (1, 0)
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -191,11 +230,26 @@ def _tables(
     return tuple(typed[:2]), tuple(typed[2:])
 
 
-def _combine(x: np.ndarray, axes: tuple[_Axis, ...], shape: tuple[int, ...]) -> np.ndarray:
+def _combine(
+    x: np.ndarray, axes: tuple[_Axis, ...], shape: tuple[int, ...], below: int
+) -> np.ndarray:
     y = memory.empty(shape, x.dtype)
     kernel = _weighted_kernel(_vectors(shape[3], x.itemsize))
-    kernel.choose(x.nbytes + y.nbytes)(x, *axes[0], *axes[1], y, _parts(shape))
+    kernel.choose(x.nbytes + y.nbytes)(x, *axes[0], *axes[1], y, _parts(shape), below)
     return y
+
+
+def _below(x: Any, win: Window) -> int:
+    """How far below what a window reads lies what the next one in its column reads; or 0.
+
+    Windows of a row take turns in reading from several rows of the image, and processors do not
+    foresee what the next ones read. Where windows overlap, most of it has been read before.
+    """
+    if x.nbytes < _AHEAD_BYTES:
+        return 0
+    k, s, d = win.kernel[0], win.stride[0], win.dilation[0]
+    apart = k > 1 and (k - 1) * d < s < x.shape[1]
+    return s * x.shape[2] * x.shape[3] if apart else 0
 
 
 def _parts(shape: tuple[int, ...]) -> int:
@@ -217,27 +271,28 @@ def max_pool2d(x: np.ndarray, win: Window) -> tuple[np.ndarray, np.ndarray]:
     shape = (len(x), *win.output(*x.shape[1:3]), x.shape[3])
     (ys, xs), _ = _tables(*x.shape[1:3], win, x.dtype)
     y, place = memory.empty(shape, x.dtype), memory.empty(shape, np.int32)
-    # A vector of int32 has twice the lanes of one of float64: half of it goes with the latter.
-    nr, half = (_vectors(shape[3], 4), False) if x.itemsize == 4 else (1, True)
-    kernel = _largest_kernel(nr, 0 if half else nr)
+    kernel = _largest_kernel(*_with_places(shape[3], x.itemsize))
     low = x.dtype.type(-np.inf)
     kernel.choose(x.nbytes + y.nbytes + place.nbytes)(
-        x, ys.at, ys.source, xs.at, xs.source, low, y, place, _parts(shape)
+        x, ys.at, ys.source, xs.at, xs.source, low, y, place, _parts(shape), _below(x, win)
     )
     return y, place
 
 
-def max_pool2d_grad(grad: np.ndarray, place: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+def max_pool2d_grad(
+    grad: np.ndarray, place: np.ndarray, shape: Sequence[int], win: Window
+) -> np.ndarray:
     """Gradient of `max_pool2d` by x of `shape` (B, H, W, C): it goes to the place of the maximum.
 
-    gx[b, iy, ix, c] = sum of grad[b, oy, ox, c] over windows with place[b, oy, ox, c] = iy W + ix.
+    gx[b, iy, ix, c] = sum of grad[b, oy, ox, c] over windows that pixel (iy, ix) lies in with
+    place[b, oy, ox, c] = iy W + ix.
     """
     name = "max_pool2d_grad"
     _check_image(name, shape)
-    if grad.shape != place.shape or grad.ndim != 4 or grad.shape[::3] != (shape[0], shape[3]):
+    expected = (shape[0], *win.output(shape[1], shape[2]), shape[3])
+    if grad.shape != expected or place.shape != expected:
         raise ValueError(
-            f"{name}: expected grad and place (B, OH, OW, C) of x {tuple(shape)}, "
-            f"got {grad.shape} and {place.shape}"
+            f"{name}: expected grad and place {expected}, got {grad.shape} and {place.shape}"
         )
     if place.dtype != np.int32:
         raise TypeError(f"{name}: expected places of int32, got {place.dtype}")
@@ -245,9 +300,9 @@ def max_pool2d_grad(grad: np.ndarray, place: np.ndarray, shape: Sequence[int]) -
     if not place.flags.carray:
         place = np.array(place, order="C")
     gx = memory.empty(tuple(shape), grad.dtype)
-    by_pixel = (len(grad), -1, grad.shape[3])
-    _scatter.choose(gx.nbytes + 2 * grad.nbytes)(
-        grad.reshape(by_pixel), place.reshape(by_pixel), gx.reshape(by_pixel)
+    _, (ys, xs) = _tables(shape[1], shape[2], win, grad.dtype)
+    _returned_kernel(*_with_places(shape[3], grad.itemsize)).choose(gx.nbytes + 2 * grad.nbytes)(
+        grad, place, ys.at, ys.source, xs.at, xs.source, gx, _parts(gx.shape)
     )
     return gx
 
@@ -260,7 +315,8 @@ def avg_pool2d(x: np.ndarray, win: Window) -> np.ndarray:
     _check_image("avg_pool2d", x.shape)
     (x,) = prepared("avg_pool2d", x)
     shape = (len(x), *win.output(*x.shape[1:3]), x.shape[3])
-    return _combine(x, _tables(*x.shape[1:3], win, x.dtype)[0], shape)
+    axes, _ = _tables(*x.shape[1:3], win, x.dtype)
+    return _combine(x, axes, shape, _below(x, win))
 
 
 def avg_pool2d_grad(grad: np.ndarray, shape: Sequence[int], win: Window) -> np.ndarray:
@@ -275,7 +331,8 @@ def avg_pool2d_grad(grad: np.ndarray, shape: Sequence[int], win: Window) -> np.n
     if grad.shape != expected:
         raise ValueError(f"{name}: expected grad {expected}, got {grad.shape}")
     (grad,) = prepared(name, grad)
-    return _combine(grad, _tables(shape[1], shape[2], win, grad.dtype)[1], tuple(shape))
+    axes = _tables(shape[1], shape[2], win, grad.dtype)[1]
+    return _combine(grad, axes, tuple(shape), 0)
 
 
 def _check_image(name: str, shape: Sequence[int]) -> None:

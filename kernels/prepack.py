@@ -212,13 +212,14 @@ def max_pool2d(program: Program, x: Slot, y: Slot, places: Slot, win: Window) ->
     program.add(
         pool._largest_kernel(nr, nr), x.nbytes + 2 * y.nbytes,
         x, ys.at, ys.source, xs.at, xs.source, _low(False), y, places, pool._parts(y.shape),
+        pool._below(x, win),
     )  # fmt: skip
 
 
 def avg_pool2d(program: Program, x: Slot, y: Slot, win: Window) -> None:
     """The mean of the values under each window."""
     axes, _ = pool._tables(*x.shape[1:3], win, _FLOAT)
-    _weighted(program, x, y, axes)
+    _weighted(program, x, y, axes, pool._below(x, win))
 
 
 def global_sum(program: Program, packed: Packed, x: Slot, y: Slot, scale: float) -> None:
@@ -232,12 +233,13 @@ def global_sum(program: Program, packed: Packed, x: Slot, y: Slot, scale: float)
             for n, v in zip(sizes, weights, strict=True)
         ]
 
-    _weighted(program, x, y.reshape(x.shape[0], 1, 1, x.shape[3]), packed.get("axes", axes))
+    _weighted(program, x, y.reshape(x.shape[0], 1, 1, x.shape[3]), packed.get("axes", axes), 0)
 
 
-def _weighted(program: Program, x: Slot, y: Slot, axes: Any) -> None:
+def _weighted(program: Program, x: Slot, y: Slot, axes: Any, below: int) -> None:
     kernel = pool._weighted_kernel(pool._vectors(x.shape[3], 4))
-    program.add(kernel, x.nbytes + y.nbytes, x, *axes[0], *axes[1], y, pool._parts(y.shape))
+    parts = pool._parts(y.shape)
+    program.add(kernel, x.nbytes + y.nbytes, x, *axes[0], *axes[1], y, parts, below)
 
 
 # --- element by element ---------------------------------------------------------------------------

@@ -368,15 +368,29 @@ def greater(typing, x, y, p, q):
 @tile_intrinsic
 def above(typing, x, y, p, q):
     """p where x > y, or x is NaN and y is not; else q. p and q of one type, with x's lanes."""
-    check_tile("above", x, y, p, q)
+
+    def wins(code, a, b):
+        known = code.builder.fcmp_ordered("ord", b, b)
+        return code.builder.and_(code.builder.fcmp_unordered(">", a, b), known)
+
+    return _choice("above", wins, x, y, p, q)
+
+
+@tile_intrinsic
+def equal(typing, x, y, p, q):
+    """p where x = y, integers; else q. p and q of one type, with x's lanes."""
+    return _choice("equal", lambda code, a, b: code.builder.icmp_signed("==", a, b), x, y, p, q)
+
+
+def _choice(name: str, wins: Callable[..., Any], x: Any, y: Any, p: Any, q: Any) -> Any:
+    """p[i, j] where wins(code, x[i, j], y[i, j]), else q[i, j]."""
+    check_tile(name, x, y, p, q)
     if x != y or p != q or (x.mr, x.nr, x.lanes) != (p.mr, p.nr, p.lanes):
-        raise TypingError(f"simd.above: {x}, {y}, {p}, {q} do not fit")
+        raise TypingError(f"simd.{name}: {x}, {y}, {p}, {q} do not fit")
 
     def emit(code, *tiles):
         def pick(a, b, c, d):
-            known = code.builder.fcmp_ordered("ord", b, b)
-            wins = code.builder.and_(code.builder.fcmp_unordered(">", a, b), known)
-            return code.builder.select(wins, c, d)
+            return code.builder.select(wins(code, a, b), c, d)
 
         return [[pick(*v) for v in zip(*r, strict=True)] for r in zip(*tiles, strict=True)]
 

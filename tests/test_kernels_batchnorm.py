@@ -99,11 +99,13 @@ def test_scale_shift(leading, columns, relu, dtype):
     check(dtype, kernels.scale_shift(x, scale, shift, relu), expected)
 
 
+@pytest.mark.parametrize("huge", [False, True])
 @pytest.mark.parametrize("columns", [16, 100, 300])
-def test_plans_of_large_arrays(columns, monkeypatch):
+def test_plans_of_large_arrays(columns, huge, monkeypatch):
     kernels._plan.cache_clear()
     monkeypatch.setattr(kernels, "_LARGE", 1)
-    assert kernels._plan(700, columns, 4).step == 1 or columns == 16
+    monkeypatch.setattr(kernels, "_HUGE", 1 if huge else 1 << 60)
+    assert (kernels._plan(700, columns, 4).step == 1) == (huge and columns != 16)
     compare(700, columns, True, np.float32)
     kernels._plan.cache_clear()
 

@@ -59,7 +59,7 @@ def check_all(x, grad, win):
     assert y.dtype == dtype and place.dtype == np.int32
     wide = grad.astype(np.float64)
     expected = reference.max_pool2d_grad(wide, place, x.shape)
-    check(pool.max_pool2d_grad(grad, place, x.shape), expected, dtype)
+    check(pool.max_pool2d_grad(grad, place, x.shape, win), expected, dtype)
     with np.errstate(invalid="ignore"):
         mean = reference.avg_pool2d(x.astype(np.float64), win)
     check(pool.avg_pool2d(x, win), mean, dtype)
@@ -90,7 +90,7 @@ def test_nan_and_infinity_in_gradients_pass(value):
     grad[0, 0, 0, 0] = grad[-1, -1, -1, -1] = value
     _, place = pool.max_pool2d(x, win)
     check(
-        pool.max_pool2d_grad(grad, place, x.shape),
+        pool.max_pool2d_grad(grad, place, x.shape, win),
         reference.max_pool2d_grad(grad, place, x.shape),
         np.float64,
     )
@@ -117,7 +117,7 @@ def test_stays_within_its_arrays(case, dtype, monkeypatch):
 def test_places_outside_the_image_write_nothing():
     grad = np.ones((1, 1, 2, 2), np.float32)
     place = np.array([[[[-1, 4], [3, 2**31 - 1]]]], np.int32)
-    gx = pool.max_pool2d_grad(grad, place, (1, 2, 2, 2))
+    gx = pool.max_pool2d_grad(grad, place, (1, 2, 2, 2), Window((2, 1)))
     expected = np.zeros((1, 4, 2), np.float32)
     expected[0, 3, 0] = 1
     np.testing.assert_array_equal(gx.reshape(1, 4, 2), expected)
@@ -136,7 +136,7 @@ def test_threads_do_not_change_a_bit(batch):
                 [
                     y,
                     place,
-                    pool.max_pool2d_grad(grad, place, x.shape),
+                    pool.max_pool2d_grad(grad, place, x.shape, win),
                     pool.avg_pool2d(x, win),
                     pool.avg_pool2d_grad(grad, x.shape, win),
                 ]
@@ -154,8 +154,8 @@ def test_any_layout_is_taken():
     check_all(raw, np.asfortranarray(grad), win)
     _, place = pool.max_pool2d(x, win)
     np.testing.assert_array_equal(
-        pool.max_pool2d_grad(grad, np.asfortranarray(place), x.shape),
-        pool.max_pool2d_grad(grad, place, x.shape),
+        pool.max_pool2d_grad(grad, np.asfortranarray(place), x.shape, win),
+        pool.max_pool2d_grad(grad, place, x.shape, win),
     )
 
 
@@ -170,7 +170,7 @@ def test_against_torch():
     for got, gradient, function in (
         (
             y,
-            pool.max_pool2d_grad(grad, place, shape),
+            pool.max_pool2d_grad(grad, place, shape, win),
             lambda t: functional.max_pool2d(t, win.kernel, win.stride, 1),
         ),
         (
@@ -196,8 +196,8 @@ def test_wrong_operands_are_named():
     with pytest.raises(ValueError, match=r"avg_pool2d_grad: expected grad \(2, 4, 4, 16\)"):
         pool.avg_pool2d_grad(grad[1:], x.shape, win)
     with pytest.raises(ValueError, match=r"max_pool2d_grad: expected grad and place"):
-        pool.max_pool2d_grad(grad[1:], place, x.shape)
+        pool.max_pool2d_grad(grad[1:], place, x.shape, win)
     with pytest.raises(TypeError, match=r"expected places of int32, got int64"):
-        pool.max_pool2d_grad(grad, place.astype(np.int64), x.shape)
+        pool.max_pool2d_grad(grad, place.astype(np.int64), x.shape, win)
     with pytest.raises(TypeError, match=r"avg_pool2d: .*int64"):
         pool.avg_pool2d(x.astype(np.int64), win)

@@ -66,7 +66,7 @@ def _tinynn(case: Case, g: layers.Geometry, *arrays: Any) -> Built:
     if case.family == "avg_pool_grad":
         return lambda: pool.avg_pool2d_grad(grad, x.shape, win)
     _, place = pool.max_pool2d(x, win)
-    return lambda: pool.max_pool2d_grad(grad, place, x.shape)
+    return lambda: pool.max_pool2d_grad(grad, place, x.shape, win)
 
 
 def _torch(case: Case, g: layers.Geometry, x: Any, grad: Any) -> Built:

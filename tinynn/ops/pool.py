@@ -52,12 +52,13 @@ class MaxPool2d(_Pool):
 
     def forward(self, *arrays: Array) -> tuple[Array, Saved]:
         (x,) = arrays
-        y, place = self.kernel()(x, self._window(x))
-        return y, (place, x.shape)
+        win = self._window(x)
+        y, place = self.kernel()(x, win)
+        return y, (place, x.shape, win)
 
     def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
-        place, shape = saved
-        return (pool.max_pool2d_grad(grad, place, shape),)
+        place, shape, win = saved
+        return (pool.max_pool2d_grad(grad, place, shape, win),)
 
 
 @dataclass(frozen=True)
