@@ -26,6 +26,7 @@ from tinynn.storage import write_json
 
 _BUSY_LOAD = 0.5
 _NOISY_SPREAD = 0.1
+_INTERRUPTED = 130  # the exit status: what was timed before is written all the same
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("bench: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -159,6 +160,9 @@ def _run(problems: list[tuple[Suite, Case]], options: argparse.Namespace) -> int
     settings = QUICK if options.quick else Settings()
     if options.rounds is not None:
         settings = replace(settings, rounds=options.rounds)
+    races: list[Race] = []
+    records: list[Record] = []
+    work: dict[str, Work] = {}
     with Team(settings) as team:
         counts = sorted({case.threads for _, case in problems if case.threads <= max_threads()})
         limits = roofline.limits(counts, remeasure=options.remeasure)
@@ -166,12 +170,26 @@ def _run(problems: list[tuple[Suite, Case]], options: argparse.Namespace) -> int
             if not entry.trustworthy():
                 _warn(f"limits of {entry.threads} threads vary by {entry.spread:.0%}; not kept")
         print("\n".join([f"{facts['cpu']['name']}", *report.limits_lines(limits), ""]), flush=True)
-        races, records, work = _races(team, problems, limits, options)
+        roof = {entry.threads: entry for entry in limits}
+        try:
+            for suite, case in problems:
+                race = team.race(suite, case, _chosen(suite, case, options))
+                work[str(case)] = suite.work(case)
+                found = records_of(race, work[str(case)], roof.get(case.threads))
+                print("\n".join(report.case_lines(race, work[str(case)], found)), flush=True)
+                races.append(race)
+                records += found
+        except KeyboardInterrupt:
+            _warn(f"interrupted after {len(races)} of {len(problems)} cases")
+            if not races:
+                raise
     content = _content(facts, races, limits, records)
     noisy = [race for race in races if _spread(race) > _NOISY_SPREAD]
-    _finish(content, work, [suite for suite, _ in problems], options)
+    _finish(content, work, [suite for suite, _ in problems[: len(races)]], options)
     if noisy:
         _warn(f"{len(noisy)} of {len(races)} cases vary by more than {_NOISY_SPREAD:.0%}")
+    if len(races) < len(problems):
+        return _INTERRUPTED
     return 0 if all(OURS in race.timings for race in races) else 1
 
 
@@ -215,27 +233,6 @@ def _finish(
             report.plot_ratios(records, options.out / "ratios.png")
         if limits:
             report.plot_roofline(records, work, limits, options.out / "roofline.png")
-
-
-def _races(
-    team: Team,
-    problems: list[tuple[Suite, Case]],
-    limits: list[Limits],
-    options: argparse.Namespace,
-) -> tuple[list[Race], list[Record], dict[str, Work]]:
-    """Time every problem, printing each as it is done."""
-    roof = {entry.threads: entry for entry in limits}
-    races: list[Race] = []
-    records: list[Record] = []
-    work: dict[str, Work] = {}
-    for suite, case in problems:
-        race = team.race(suite, case, _chosen(suite, case, options))
-        work[str(case)] = suite.work(case)
-        found = records_of(race, work[str(case)], roof.get(case.threads))
-        print("\n".join(report.case_lines(race, work[str(case)], found)), flush=True)
-        races.append(race)
-        records += found
-    return races, records, work
 
 
 def _chosen(suite: Suite, case: Case, options: argparse.Namespace) -> list[str]:

@@ -452,6 +452,21 @@ def test_json_plots_and_table_with_a_peer(only_toy, tmp_path, capsys):
     assert line["worst_case"] in printed and "geomean" in printed
 
 
+def test_what_was_timed_before_an_interruption_is_written(only_toy, tmp_path, monkeypatch):
+    race, file, calls = Team.race, tmp_path / "toy.json", []
+
+    def interrupted(team, *arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return race(team, *arguments)
+
+    monkeypatch.setattr(Team, "race", interrupted)
+    arguments = ["toy", "--quick", "--threads", "1", "--peers", "--json", str(file)]
+    assert command.main(arguments) == 130
+    assert len(json.loads(file.read_text())["records"]) == 1
+
+
 def test_a_case_is_run_again_from_its_string_and_its_failure_reported(only_toy, tmp_path, capsys):
     file = tmp_path / "toy.json"
     case = str(Case.of("toy", numpy="raises", n=3))
