@@ -208,7 +208,7 @@ def plot(found: Sequence[Crossover], path: Path) -> None:
         batches = [c for c in mine if not c.few_rows]
         mean = ""
         if batches:
-            mean = f"; crossover {geometric_mean([c.density for c in batches]):.2f}"
+            mean = f"\ncrossover {geometric_mean([c.density for c in batches]):.2f}"
             unseen = sum(not c.seen for c in batches)
             mean += f" ({unseen} of {len(batches)} only bounded)" if unseen else ""
         axes.set_title(f"{family} by {library} against {rival}{mean}", fontsize=9)

@@ -111,7 +111,8 @@ def draw_pareto(cells: dict[str, Record], whole: Record) -> Figure:
             plans = {n: c for n, c in cells.items() if c["executed_as"] == "plan" and c.get(key)}
             _panel(ax, plans, key, factor)
             ax.set(xlabel=f"{label}, {unit}" if unit == "kB" else label, ylabel="top-1, %")
-        panels[0].legend(loc="lower right", ncols=2)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         return figure
 
 
@@ -128,18 +129,15 @@ def _panel(ax: Axes, cells: dict[str, Record], key: str, factor: float) -> None:
     edge = frontier(points)
     costs, scores = zip(*[points[n] for n in edge], strict=True)
     ax.step(costs, scores, where="post", color=pictures.GREY, linewidth=1)
-    for i, name in enumerate(edge):
-        ax.annotate(
-            name,
-            points[name],
-            (4, -11 if i % 2 else 5),
-            textcoords="offset points",
-            fontsize=7.5,
-            color=pictures.BLACK,
-        )
-    ax.set(xscale="log")
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter("{x:g}")
+    for i, name in enumerate(edge, 1):  # names would hide each other
+        at = points[name]
+        ax.annotate(str(i), at, (-4, 4), textcoords="offset points", fontsize=7.5, ha="right")
+    told = "\n".join(f"{i}  {name}" for i, name in enumerate(edge, 1))
+    ax.text(1.01, 1, told, transform=ax.transAxes, va="top", fontsize=7.5)
+    if key == "bytes":
+        ax.set(xscale="log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("{x:g}")
 
 
 def frontier(points: dict[str, tuple[float, float]]) -> list[str]:
