@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -220,6 +220,21 @@ def evil(parts: list[Any], kind: str = "Linear") -> str:
     return json.dumps({"kind": kind, "parts": parts})
 
 
+def test_a_convolution_whose_window_a_file_leaves_out_is_refused(tmp_path: Path) -> None:
+    model = nn.ConvTranspose2d(1, 2, 3, padding=((1, 0), (0, 2)), rng=np.random.default_rng(0))
+    nn.save(tmp_path / "m", model)
+    arrays, metadata = read_tensors(tmp_path / "m")
+    parts = json.loads(metadata["model"])["parts"]
+    for name in ("stride", "padding", "output"):
+        for changed in ([], [[name, "value", None]], [[name, "tuple", [1, -1]]]):
+            rest = [p for p in parts if p[0] != name] + changed
+            text = {**metadata, "model": evil(rest, "ConvTranspose2d")}
+            write_tensors(tmp_path / "evil", arrays, text)
+            with pytest.raises(FileFormatError, match=name):
+                nn.load(tmp_path / "evil")
+    assert cast(Any, nn.load(tmp_path / "m")).padding == model.padding
+
+
 def nested(depth: int) -> str:
     tree: dict[str, Any] = {"kind": "ReLU", "parts": []}
     for _ in range(depth):
@@ -424,6 +439,19 @@ def test_parts_that_the_tree_walk_would_miss_are_refused(value: Any) -> None:
         evil([["0", "value", 3]], "Sequential"),
         evil([["weight", "buffer", "w"], ["bias", "value", None]]),
         evil([["weight", "parameter", "w"], ["bias", "parameter", "d"]]),
+        evil([["kernel", "tuple", [2, 2]], ["stride", "tuple", [1, 1]]], "MaxPool2d"),
+        evil(
+            [["kernel", "tuple", [2, 2]], ["stride", "value", 0], ["padding", "value", "same"]],
+            "AvgPool2d",
+        ),
+        evil([["pool", "value", None], ["front", "value", 1.5], ["back", "value", 0]], "Shortcut"),
+        evil([["front", "value", 1], ["back", "value", 0]], "Shortcut"),
+        evil(
+            [[n, "buffer", "d"] for n in ("mean", "variance")]
+            + [[n, "parameter", "d"] for n in ("gamma", "beta")]
+            + [["eps", "value", "x"], ["momentum", "value", 0.1]],
+            "BatchNorm",
+        ),
     ],
 )
 def test_a_file_cannot_change_what_a_class_means(tmp_path: Path, architecture: str) -> None:

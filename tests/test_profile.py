@@ -189,6 +189,11 @@ def test_the_command_refuses_what_it_cannot_do(
     assert error.startswith("tinynn: ") and reason in error
 
 
+def test_more_than_memory_holds_is_an_error_like_any(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["profile", "summation", "--batch", str(1 << 50)]) == 1
+    assert capsys.readouterr().err.startswith("tinynn: ")
+
+
 def test_a_file_needs_its_input_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(tmp_path / "net.safetensors")
     tn.save(file, PUBLISHED["summation"].build(np.random.default_rng(0)))

@@ -42,9 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return COMMANDS[options.command].run(options)
-    except TinynnError as error:
+    except (TinynnError, MemoryError) as error:
         print(f"tinynn: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("tinynn: stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -66,6 +66,14 @@ class Shortcut(Module):
         self.front = (m_out - m_in) // 2
         self.back = m_out - m_in - self.front
 
+    def check(self) -> None:
+        """Raise ConfigError unless both counts are whole numbers >= 0."""
+        counts = [vars(self).get(name) for name in ("front", "back")]
+        if not all(type(n) is int and n >= 0 for n in counts) or "pool" not in vars(self):
+            raise ConfigError(
+                f"Shortcut: required front and back >= 0, a pool or none; came {counts}"
+            )
+
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.pool is None else self.pool(x)
         if not self.front and not self.back:

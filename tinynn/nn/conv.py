@@ -24,6 +24,8 @@ from tinynn.tensor import Tensor
 class _Windowed(Module):
     """What the convolutions share: weights, an optional bias, and where the window lies."""
 
+    _pairs: ClassVar[tuple[str, ...]] = ("stride",)
+
     def _build(
         self,
         shape: tuple[int, int, int, int],
@@ -48,7 +50,8 @@ class _Windowed(Module):
         return self.weight.shape[3]
 
     def check(self) -> None:
-        """Raise ShapeError or DTypeError unless weights and bias are parameters that fit."""
+        """Raise ShapeError, DTypeError or ConfigError unless weights, bias and window fit."""
+        _check_window(self, *self._pairs)
         require_parameters(type(self).__name__, self.weight, self.bias)
         shape = None if self.bias is None else self.bias.shape
         if self.weight.ndim != 4 or shape not in (None, (self._bias_size(),)):
@@ -69,6 +72,7 @@ class _Sliding(_Windowed):
     """A window with dilation, and the op that slides it."""
 
     rectifies = True
+    _pairs = ("stride", "dilation")
     dilation: Pair
     _op: ClassVar[Callable[..., Tensor]]
 
@@ -207,6 +211,12 @@ class ConvTranspose2d(_Windowed):
             dtype=dtype,
         )
 
+    def check(self) -> None:
+        """The same, of the size of the result, too."""
+        super().check()
+        if not _is_pair(vars(self).get("output"), 0):
+            raise ConfigError("ConvTranspose2d: required output, two numbers >= 0")
+
     def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
         return self.using(x, self.weight, self.bias, relu=relu)
 
@@ -256,6 +266,8 @@ class BatchNorm(Module):
     def check(self) -> None:
         """Raise ShapeError or DTypeError unless all four vectors have one size."""
         require_parameters("BatchNorm", self.gamma, self.beta)
+        if not all(type(vars(self).get(name)) is float for name in ("eps", "momentum")):
+            raise ConfigError("BatchNorm: required numbers eps and momentum")
         shapes = {a.shape for a in (self.gamma, self.beta, self.mean, self.variance)}
         if len(shapes) != 1 or self.gamma.ndim != 1:
             raise ShapeError(f"BatchNorm: vectors of shapes {shapes} do not fit")
@@ -319,6 +331,10 @@ class MaxPool2d(Module):
     ) -> None:
         self.kernel, self.stride = _window_of(type(self).__name__, size, stride)
         self.padding = padded(type(self).__name__, padding)
+
+    def check(self) -> None:
+        """Raise ConfigError unless the window is usable."""
+        _check_window(self, "kernel", "stride")
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.max_pool2d(x, self.kernel, stride=self.stride, padding=self.padding)
@@ -389,3 +405,23 @@ class SeparableConv2d(Sequential):
 def _window_of(name: str, size: int | Pair, stride: int | Pair | None) -> tuple[Pair, Pair]:
     kernel = pair(name, "size", size)
     return kernel, pair(name, "stride", kernel if stride is None else stride)
+
+
+def _check_window(layer: Module, *pairs: str) -> None:
+    """Raise ConfigError unless the layer's padding and these pairs have the form that ops take."""
+    given = vars(layer)
+    sides = given.get("padding")
+    two = isinstance(sides, tuple) and len(sides) == 2 and all(_is_pair(s, 0) for s in sides)
+    wrong = [name for name in pairs if not _is_pair(given.get(name), 1)]
+    wrong += [] if two or sides in ("same", "valid") else ["padding"]
+    if wrong:
+        came = ", ".join(f"{name}={given.get(name)!r:.60}" for name in wrong)
+        raise ConfigError(
+            f"{type(layer).__name__}: required pairs of numbers >= 1, padding 'same', 'valid' or "
+            f"two pairs; came {came}"
+        )
+
+
+def _is_pair(value: object, least: int) -> bool:
+    two = isinstance(value, tuple) and len(value) == 2
+    return two and all(type(n) is int and n >= least for n in value)  # type: ignore[attr-defined]
