@@ -11,7 +11,7 @@ Images are summed in chunks that depend on the shapes only, and these are added 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -26,6 +26,8 @@ from kernels.tiling import Part, cuts
 
 _BLOCK_BYTES = 384 * 1024  # of images that one panel of results passes over
 _TASKS = 16  # wanted at least; also the most chunks of a sum
+#: Rows of a tile of one vector, of several: above these, LLVM keeps some of the sums in memory.
+_MOST = (16, 9)
 _CHUNK_PIXELS = 1024  # of a sum over pixels, at least
 
 
@@ -90,14 +92,37 @@ def _weight_tiles(mr: int, nr: int) -> Any:
                                         acc = simd.rank1(acc, X, ix, 1, G, iw)
                                         ix += sx * C
                                         iw += ld
-                            simd.store_part(acc, S, out, N, i - r if b_hi == b_end else 0, mr, part)
+                            simd.store_part(acc, S, out, N, i - r, mr, part)
 
     return weight_tiles
 
 
-def _row_cost(rows: int, overhead: float) -> Callable[[int, float], float]:
-    """What tiles of h rows and some vectors cost a pixel, in vector operations."""
-    return lambda h, vectors: -(-rows // h) * (max(h * vectors, 5) + overhead)
+def _cost(
+    rows: int, channels: int, lefts: Sequence[int], stride: int, width: int, count: int
+) -> Callable[[int, float], float]:
+    """What tiles of h rows and some vectors cost for `count` pixels in a row, in multiply-adds.
+
+    The numbers are measured. Loads take time, too, most where each multiply-add has its own, with
+    one vector. A pixel near the border, where only some rows of a tile are inside the image, takes
+    a branch for each of them. Names as in `_weight_tiles`; a tap for each of `lefts`.
+    """
+
+    def cost(height: int, vectors: float) -> float:
+        total = 0.0
+        step = max(height * vectors, 8) + 1 + 0.1 * (height + vectors)
+        if vectors <= 1:
+            step += height / 16
+        for left in lefts:
+            for i in range(0, rows, height):
+                r = min(i, rows - height)
+                near, far = left - r // channels, left - (r + height - 1) // channels
+                some = min(count, -((-width - near) // stride)) - max(0, -(-far // stride))
+                full = min(count, -((-width - far) // stride)) - max(0, -(-near // stride))
+                full = max(0, min(full, some))
+                total += full * step + 3.5 * height * max(0, some - full) + 10
+        return total
+
+    return cost
 
 
 @cache
@@ -161,13 +186,17 @@ def _weight_calls(
     B, height, width, C = shape
     OH, OW = win.output(height, width)
     KH, KW = win.kernel
-    span = 1
-    cost, parts = cuts(channels, lanes, (min(C, 16), C), _row_cost(C, 1 + 8 / OW))
-    if win.dilation[1] == 1 and KW > 1 and C < 16:  # the taps along x as rows of one
-        wide, joined = cuts(
-            channels, lanes, (min(KW * C, 16), KW * C), _row_cost(KW * C, 1 + 8 / OW)
-        )
-        if wide * (1 + (KW - 1) / (2 * OW)) < KW * cost:  # pixels near the border cost more
+    stride, dilation, (before, _) = win.stride[1], win.dilation[1], win.padding[1]
+    lefts = [before - kx * dilation for kx in range(KW)]
+
+    def tiles(rows: int, lefts: list[int]) -> tuple[float, tuple[Part, ...]]:
+        most = min(rows, _MOST[0]), min(rows, _MOST[1])
+        return cuts(channels, lanes, most, _cost(rows, C, lefts, stride, width, OW))
+
+    span, (cost, parts) = 1, tiles(C, lefts)
+    if dilation == 1 and KW > 1 and C < 64:  # the taps along x as rows of one
+        wide, joined = tiles(KW * C, lefts[:1])
+        if wide < cost:
             span, parts = KW, joined
     chunks = max(1, min(B, _TASKS, B * OH * OW // _CHUNK_PIXELS))
     calls = []

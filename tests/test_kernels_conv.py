@@ -140,6 +140,20 @@ def test_layers(sizes, win, dtype):
     check([y], [np.maximum(expected[3], 0)], dtype, terms(sizes, win))
 
 
+@pytest.mark.parametrize("channels", [1, 5, 17, 21, 70])
+def test_weight_gradients_over_several_blocks_of_images(monkeypatch, channels):
+    # Their last tile of rows lies over rows of the one before, which must not be summed twice.
+    monkeypatch.setattr(conv_weights, "_BLOCK_BYTES", 1)
+    conv_weights._weight_calls.cache_clear()
+    x, grad = (np.random.default_rng(n).standard_normal((5, 6, 7, n)) for n in (channels, 35))
+    win = Window((3, 3), padding=((1, 1), (1, 1)))
+    got = conv.conv2d_weight_grad(grad.astype(np.float32), x.astype(np.float32), win)
+    conv_weights._weight_calls.cache_clear()
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    views = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
+    np.testing.assert_allclose(got, np.einsum("byxckl,byxn->klcn", views, grad), atol=1e-4)
+
+
 @pytest.mark.skipif(_jit.max_threads() < 2, reason="needs NUMBA_NUM_THREADS >= 2")
 @pytest.mark.parametrize("sizes, win", LAYERS)
 def test_threads_do_not_change_a_bit(monkeypatch, sizes, win):
