@@ -45,7 +45,6 @@ from kernels.product import _aligned
 
 LARGEST = 2**31 - 1
 _CHUNK = 4 * 1024  # elements that one task covers
-_ROWS = 64  # or rows
 _FACTOR_BITS = 21  # of `add`: 2 * 255 * 2^21 < 2^31
 
 
@@ -237,50 +236,23 @@ def _dequantize_loop(X, Y, scale, zero, first, last):
 
 def _add_loop(A, a_zero, a_factor, B, b_zero, b_factor, scale, low, high, zero, Y, first, last):
     # Y[i] = result of (A[i] - a_zero) a_factor + (B[i] - b_zero) b_factor;  A, B uint8, Y, (n,)
-    W = 2 * simd_int.byte_lanes()
+    W = 4 * simd_int.byte_lanes()
     for task in prange(first, last):
         end = min(len(Y), (task + 1) * _CHUNK)
+        fa, fb = simd_int.of_int(a_factor), simd_int.of_int(b_factor)
+        start = simd_int.of_int(-a_zero * a_factor - b_zero * b_factor)
+        by = simd_int.of_float(scale)
         for i in range(task * _CHUNK, end, W):
-            fa, fb = simd_int.of_int(a_factor), simd_int.of_int(b_factor)
-            za, zb = simd_int.of_int(a_zero), simd_int.of_int(b_zero)
-            by = simd_int.of_float(scale)
+            s = simd.add(simd_int.zeros(1, 4), start)
             if i + W <= end:
-                a = simd.mul(simd.sub(simd_int.load_bytes(1, 2, A, i, 0), za), fa)
-                b = simd.mul(simd.sub(simd_int.load_bytes(1, 2, B, i, 0), zb), fb)
-                simd_int.store_scaled(simd.add(a, b), by, low, high, zero, Y, i, 0)
+                s = simd.fma(s, simd_int.load_bytes(1, 4, A, i, 0), fa)
+                s = simd.fma(s, simd_int.load_bytes(1, 4, B, i, 0), fb)
+                simd_int.store_scaled(s, by, low, high, zero, Y, i, 0)
             else:
                 n = end - i
-                a = simd.mul(simd.sub(simd_int.load_bytes_part(1, 2, A, i, 0, n), za), fa)
-                b = simd.mul(simd.sub(simd_int.load_bytes_part(1, 2, B, i, 0, n), zb), fb)
-                s = simd.add(a, b)
+                s = simd.fma(s, simd_int.load_bytes_part(1, 4, A, i, 0, n), fa)
+                s = simd.fma(s, simd_int.load_bytes_part(1, 4, B, i, 0, n), fb)
                 simd_int.store_scaled_part(s, by, low, high, zero, Y, i, 0, 0, 1, n)
-
-
-def _scale_shift_loop(X, w, base, scale, low, high, zero, Y, sizes, first, last):
-    # Y[m, c] = result of base[c] + X[m, c] w[c];  X, Y (M, C) flat, w, base, scale (C filled up,)
-    # tasks are blocks of rows
-    M, C = sizes
-    L = simd.lanes(base)
-    for task in prange(first, last):
-        end = min(M, (task + 1) * _ROWS)
-        for c in range(0, C, L):
-            by, factor, start = (
-                simd.load(1, 1, scale, c, 0),
-                simd.load(1, 1, w, c, 0),
-                simd.load(1, 1, base, c, 0),
-            )
-            m = task * _ROWS
-            if c + L <= C:
-                while m + 8 <= end:
-                    x = simd_int.load_bytes(8, 1, X, m * C + c, C)
-                    s = simd.add(simd.mul(x, factor), start)
-                    simd_int.store_scaled(s, by, low, high, zero, Y, m * C + c, C)
-                    m += 8
-            while m < end:
-                x = simd_int.load_bytes_part(1, 1, X, m * C + c, 0, C - c)
-                s = simd.add(simd.mul(x, factor), start)
-                simd_int.store_scaled_part(s, by, low, high, zero, Y, m * C + c, 0, 0, 1, C - c)
-                m += 1
 
 
 #: X (n,) float32, Y (n,) uint8, scale, low, high (float32), zero, first, last.
@@ -289,8 +261,6 @@ QUANTIZE = Variants(_quantize_loop)
 DEQUANTIZE = Variants(_dequantize_loop)
 #: A (n,), zero, factor, B (n,), zero, factor, scale, low, high, zero, Y (n,), first, last.
 ADD = Variants(_add_loop)
-#: X (M C,), w, base, scale (C filled up,), low, high, zero, Y (M C,), sizes = (M, C), first, last.
-SCALE_SHIFT = Variants(_scale_shift_loop)
 
 
 def chunks(size: int) -> int:
@@ -325,54 +295,6 @@ def dequantize(
     y = result("dequantize", x.shape, np.float32, out)
     numbers = (np.float32(scale), zero)
     DEQUANTIZE.choose(y.nbytes)(x.reshape(-1), y.reshape(-1), *numbers, 0, chunks(x.size))
-    return y
-
-
-class ScaleShift(NamedTuple):
-    """A packed scale and shift: what `pack_scale_shift` gives."""
-
-    channels: int
-    w: np.ndarray
-    base: np.ndarray
-    multiplier: np.ndarray
-    scaling: Scaling
-
-    def tasks(self, rows: int) -> int:
-        """The number of tasks for this many rows."""
-        return -(-rows // _ROWS)
-
-
-def pack_scale_shift(
-    w: np.ndarray, bias: np.ndarray | None, x_zero: int, scaling: Scaling
-) -> ScaleShift:
-    """The factors w (C,) int8 and summands bias (C,) int32 of channels, for inputs of x_zero.
-
-    Raises TypeError and ValueError for other arrays, OverflowError where sums could leave int32.
-    """
-    if w.ndim != 1 or not w.size:
-        raise ValueError(f"pack_scale_shift: expected w (C,), not empty, got {w.shape}")
-    sums, added = checked_sums("pack_scale_shift", w[None, None], bias, x_zero)
-    base = widened((added - x_zero * sums[0]).astype(np.int32), np.int32)  # may wrap around
-    scale = multipliers("pack_scale_shift", scaling, len(w))
-    return ScaleShift(len(w), widened(w.astype(np.int32), np.int32), base, scale, scaling)
-
-
-def scale_shift(x: np.ndarray, layer: ScaleShift, *, out: np.ndarray | None = None) -> np.ndarray:
-    """x (..., C) uint8, each channel times its factor plus its summand, as the scaling says."""
-    if not x.ndim or x.shape[-1] != layer.channels:
-        raise ValueError(f"scale_shift: expected x (..., {layer.channels}), got {x.shape}")
-    x = operand("scale_shift", x)
-    y = result("scale_shift", x.shape, layer.scaling.dtype, out)
-    rows = x.size // layer.channels
-    SCALE_SHIFT.choose(x.nbytes + y.nbytes)(
-        x.reshape(-1),
-        *layer[1:4],
-        *layer.scaling[1:4],
-        y.reshape(-1),
-        (rows, layer.channels),
-        0,
-        layer.tasks(rows),
-    )
     return y
 
 

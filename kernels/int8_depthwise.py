@@ -2,10 +2,11 @@
 
     s[b, oy, ox, c] = base[v, c] + sum over taps inside of x[b, iy, ix, c] w[ky, kx, c]
 
-with base as in `kernels.int8_conv`. A vector holds L neighbouring channels of one pixel. Up to four
-rows of the image come together as the four bytes of its int32 lanes, and meet the weights of these
-rows in one dot product (`simd_int.slide_bytes`). Rows above or below the image are replaced by the
-nearest one inside, and their weights by 0. Small images are copied first, with x_zero around them.
+with base as in `kernels.int8_conv`. Up to four rows of the image come together as the four bytes of
+int32 lanes, and meet the weights of these rows in one dot product (`simd_int.slide_bytes`): a
+vector of bytes of neighbouring channels from each row makes four of int32, INTERLEAVED as
+`kernels._bytes` explains. Weights are packed in that order, and the sums' way back to bytes undoes
+it. Rows above or below the image are replaced by the nearest one inside, their weights by 0.
 
 The rest is `kernels.depthwise`: a tile is mr neighbouring pixels of a row; windows whose rows have
 3 or 5 weights without gaps have code of their own; columns outside the image are skipped.
@@ -22,60 +23,61 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange
 
-from kernels import memory, simd, simd_int
+from kernels import simd, simd_int
 from kernels._jit import Variants
 from kernels.geometry import Window
 from kernels.int8 import Scaling, checked_sums, multipliers, operand, result, widened
-from kernels.int8_conv import PAD, beginnings, check_image, copied
+from kernels.int8_conv import beginnings, check_image
 
 _TASKS = 16  # wanted at least
-_HEIGHTS = (8, 6, 4)  # of tiles
-_NARROW_IMAGE = 32  # pixels of a row of results, of which many have windows beyond the image
+_HEIGHTS = (4, 3) if simd.TILE[1] > 2 else (2,)  # of tiles
 
 
 # --- kernel ---------------------------------------------------------------------------------------
 
 
-def _tiles(mr: int, kw: int, step: int, rows: int, narrow: bool) -> Any:
+def _tiles(mr: int, kw: int, step: int, rows: int, lanes: int, single: bool, narrow: bool) -> Any:
     def tiles(X, W, base, scale, low, high, zero, Y, sizes, lines, cases, first_task, last_task):
         # Y[b, oy, ox, c] = result of base[cases[oy] + cases[OH + ox], c] +
         #     sum_{g, k, r} w[g, k, c].r X[b, line r of group g, ox sx - left + k dx, c]
         # lines[oy, g] = the first line, how far the others are from it, and which bytes are inside
-        # X (B, H, V, C) uint8, W (groups, KW, C filled up) int32, of `rows` bytes each,
-        # Y (B, OH, OW, C), all but W flat; base (cases, C filled up), scale (C filled up,)
-        # narrow: C < L;  tasks are images x parts of their rows
+        # X (B, H, V, C) uint8, W (groups, KW, N) int32, of `rows` bytes each, Y (B, OH, OW, C),
+        # all but W flat; base (cases, N), scale (N,); N: as `spread` puts channels
+        # single: groups = 1, KW = kw;  narrow: C < 4 lanes;  tasks are images x parts of their rows
         H, V, C, OH, OW, sx, dx, left, parts = sizes
         groups, KW, wide = W.shape
-        L = simd.lanes(base)
         line = V * C
         ld, unit = (C, 1) if kw > 1 else (sx * C, sx)
         for task in prange(first_task, last_task):
             b, part = task // parts, task % parts
             for oy in range(OH * part // parts, OH * (part + 1) // parts):
-                for ox in range(0, OW, mr):
-                    start = ox * sx - left
-                    inside = start >= 0 and start + (mr - 1) * sx + (KW - 1) * dx < V
-                    for c0 in range(0, C, L):
-                        c = max(0, min(c0, C - L))  # the last moves back
+                for n in range(0, wide, 4 * lanes):
+                    c = max(0, min(n, C - 4 * lanes))  # the last moves back
+                    by = simd_int.four(1, lanes, scale, n, 0)
+                    w = simd_int.four(kw, lanes, W, n, wide)
+                    w = simd_int.bit_and(w, lines[oy, 0, 4])
+                    for ox in range(0, OW, mr):
+                        start = ox * sx - left
+                        inside = start >= 0 and start + (mr - 1) * sx + (KW - 1) * dx < V
                         if inside:
-                            ib = (cases[oy] + cases[OH + ox]) * wide + c
-                            acc = simd.add(simd.zeros(mr, 1, base), simd.load(1, 1, base, ib, 0))
+                            ib = (cases[oy] + cases[OH + ox]) * wide + n
+                            acc = simd_int.repeated(mr, simd_int.four(1, lanes, base, ib, 0))
                         else:
-                            ib = cases[oy] * wide + c
-                            acc = simd_int.load_rows(mr, 1, base, ib, wide, cases, OH + ox)
-                        for g in range(groups):
+                            ib = cases[oy] * wide + n
+                            acc = simd_int.four_rows(mr, lanes, base, ib, wide, cases, OH + ox)
+                        for g in range(1 if single else groups):
                             mask = lines[oy, g, 4]
                             if mask == 0:
                                 continue
-                            bits = simd_int.of_int(mask)
                             row = (b * H + lines[oy, g, 0]) * V
                             o1 = lines[oy, g, 1] * line
                             o2 = lines[oy, g, 2] * line
                             o3 = lines[oy, g, 3] * line
-                            for kx in range(0, KW, kw):
-                                simd.rolled()
-                                w = simd.load(kw, 1, W, (g * KW + kx) * wide + c, wide)
-                                w = simd_int.bit_and(w, bits)
+                            for kx in range(0, kw if single else KW, kw):
+                                if not single:
+                                    iw = (g * KW + kx) * wide + n
+                                    w = simd_int.four(kw, lanes, W, iw, wide)
+                                    w = simd_int.bit_and(w, mask)
                                 x0 = start + kx * dx
                                 ix = (row + x0) * C + c
                                 if inside and not narrow:
@@ -92,22 +94,21 @@ def _tiles(mr: int, kw: int, step: int, rows: int, narrow: bool) -> Any:
                                         acc = simd_int.slide_bytes(
                                             acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, 0
                                         )
-                        by = simd.load(1, 1, scale, c, 0)
                         iy = ((b * OH + oy) * OW + ox) * C + c
                         if narrow or ox + mr > OW:
-                            simd_int.store_scaled_part(
+                            simd_int.store_interleaved_part(
                                 acc, by, low, high, zero, Y, iy, C, 0, OW - ox, C - c
                             )
                         else:
-                            simd_int.store_scaled(acc, by, low, high, zero, Y, iy, C)
+                            simd_int.store_interleaved(acc, by, low, high, zero, Y, iy, C)
 
     return tiles
 
 
 @cache
-def tile_kernel(mr: int, kw: int, step: int, rows: int, narrow: bool) -> Variants:
+def tile_kernel(*tile: Any) -> Variants:
     """X, W, base, scale, low, high, zero, Y, sizes, lines, cases, first, last: see above."""
-    return Variants(_tiles(mr, kw, step, rows, narrow))
+    return Variants(_tiles(*tile))
 
 
 # --- packed layers --------------------------------------------------------------------------------
@@ -117,9 +118,7 @@ class Placed(NamedTuple):
     """A layer for images of one size: `tile` chooses the kernel, the rest are its operands."""
 
     output: tuple[int, int]
-    copy: tuple[int, ...] | None  # the sizes of `int8_conv.PAD`, if the image is to be copied first
-    scratch: int  # bytes of a copied image
-    tile: tuple[int, int, int, int, bool]
+    tile: tuple[int, ...]  # the arguments of `tile_kernel`
     sizes: tuple[int, ...]  # H, V, C, OH, OW, sx, dx, left
     base: np.ndarray
     lines: np.ndarray
@@ -149,6 +148,26 @@ class Depthwise:
         return found
 
 
+def _lanes(channels: int) -> int:
+    """Of each of the four vectors that hold as many neighbouring channels as there are."""
+    return next(n for n in (16, 8, 4) if n <= simd.LANES and (4 * n <= channels or n == 4))
+
+
+def spread(values: np.ndarray) -> np.ndarray:
+    """Values (..., C) of channels as tiles take them: groups of four INTERLEAVED vectors.
+
+    The last group moves back to C, those before it begin where the one before them ends.
+    """
+    channels = values.shape[-1]
+    size = 4 * _lanes(channels)
+    if channels < size:
+        none = np.zeros((*values.shape[:-1], size - channels), values.dtype)
+        values, channels = np.concatenate([values, none], -1), size
+    order = np.arange(size).reshape(-1, 4, 4).swapaxes(0, 1).reshape(-1)
+    groups = [order + min(c, channels - size) for c in range(0, channels, size)]
+    return widened(values[..., np.concatenate(groups)], values.dtype)
+
+
 def _grouping(kernel: int) -> tuple[int, int]:
     """Into how many groups the rows of a window are put, and of how many rows."""
     groups = -(-kernel // 4)
@@ -158,13 +177,10 @@ def _grouping(kernel: int) -> tuple[int, int]:
 def _place(layer: Depthwise, height: int, width: int) -> Placed:
     win, output = layer.win, layer.win.output(height, width)
     channels = layer.inputs * layer.factor
-    narrow = channels < simd.LANES
-    copy, scratch = None, 0
-    if max(map(max, win.padding)) > 0 and output[1] <= _NARROW_IMAGE and not narrow:
-        copy = copied(height, width, channels, win)
-        height, width = copy[3:5]
-        win, scratch = win._replace(padding=((0, 0), (0, 0))), height * width * channels
+    lanes = _lanes(channels)
+    narrow = channels < 4 * lanes
     base, cases = beginnings((height, width), win, layer.sums, layer.bias, layer.x_zero)
+    base = spread(base[:, :channels])
     groups, count = _grouping(win.kernel[0])
     lines = np.zeros((output[0], groups, 5), np.int64)
     for oy in range(output[0]):
@@ -182,9 +198,10 @@ def _place(layer: Depthwise, height: int, width: int) -> Placed:
     special = win.kernel[1] in (3, 5) and win.stride[1] <= 2 and win.dilation[1] == 1
     kw, step = (win.kernel[1], win.stride[1]) if special and not narrow else (1, 1)
     mr = min(_HEIGHTS, key=lambda h: -(-output[1] // h) * h) if special else _HEIGHTS[0]
+    single = groups == 1 and kw == win.kernel[1]
     sizes = (height, width, channels, *output, win.stride[1], win.dilation[1], win.padding[1][0])
-    tile = (mr, kw, step, count, narrow)
-    return Placed(output, copy, scratch, tile, sizes, base, lines, cases)
+    tile = (mr, kw, step, count, lanes, single, narrow)
+    return Placed(output, tile, sizes, base, lines, cases)
 
 
 def parts(images: int, rows: int) -> int:
@@ -210,15 +227,15 @@ def pack_depthwise2d(
     KH, KW, C, factor = w.shape
     taps = w.reshape(KH * KW, 1, C * factor)
     sums, added = checked_sums("pack_depthwise2d", taps, bias, x_zero)
-    scale = multipliers("pack_depthwise2d", scaling, C * factor)
+    scale = multipliers("pack_depthwise2d", scaling, C * factor)[: C * factor]
     groups, rows = _grouping(KH)
     bytes_ = np.zeros((groups * rows, KW, C * factor), np.int8)
     bytes_[:KH] = taps.reshape(KH, KW, C * factor)
     quads = np.zeros((groups, KW, C * factor, 4), np.int8)
     quads[..., :rows] = bytes_.reshape(groups, rows, KW, -1).transpose(0, 2, 3, 1)
-    packed = widened(quads.view(np.int32)[..., 0], np.int32)
+    packed = spread(quads.view(np.int32)[..., 0])
     sums = sums.reshape(KH, KW, C * factor)
-    return Depthwise(win, C, factor, x_zero, packed, sums, added, scale, scaling)
+    return Depthwise(win, C, factor, x_zero, packed, sums, added, spread(scale), scaling)
 
 
 def depthwise2d(x: np.ndarray, layer: Depthwise, *, out: np.ndarray | None = None) -> np.ndarray:
@@ -233,10 +250,6 @@ def depthwise2d(x: np.ndarray, layer: Depthwise, *, out: np.ndarray | None = Non
     at = layer.placed(*x.shape[1:3])
     y = result("depthwise2d", (len(x), *at.output, x.shape[3]), layer.scaling.dtype, out)
     images = len(x)
-    if at.copy is not None:
-        wide = memory.empty((images, at.scratch), np.uint8)
-        PAD.choose(wide.nbytes)(x.reshape(-1), wide.reshape(-1), layer.x_zero, at.copy, 0, images)
-        x = wide
     share = parts(images, at.output[0])
     _, low, high, zero, _ = layer.scaling
     tile_kernel(*at.tile).choose(x.nbytes + y.nbytes)(

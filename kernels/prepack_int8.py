@@ -26,7 +26,7 @@ from kernels import (
 )
 from kernels._jit import Variants
 from kernels.geometry import Window
-from kernels.int8 import Addition, ScaleShift, Scaling
+from kernels.int8 import Addition, Scaling
 from kernels.int8_conv import Convolution
 from kernels.int8_depthwise import Depthwise
 from kernels.int8_product import Linear
@@ -101,14 +101,11 @@ def conv2d(program: Program, layer: Convolution, x: Slot, y: Slot, scratch: Slot
     return None
 
 
-def depthwise2d_scratch(layer: Depthwise, images: int, height: int, width: int) -> int:
-    """Bytes for so many images of this size: copies with several of each channel, or a border."""
-    repeated = images * height * width * layer.inputs * layer.factor if layer.factor > 1 else 0
-    return repeated + images * layer.placed(height, width).scratch
-
-
 def depthwise2d(program: Program, layer: Depthwise, x: Slot, y: Slot, scratch: Slot | None) -> None:
-    """y (B, OH, OW, C R) = `int8_depthwise.depthwise2d` of x (B, H, W, C)."""
+    """y (B, OH, OW, C R) = `int8_depthwise.depthwise2d` of x (B, H, W, C).
+
+    scratch: R copies of x, where R > 1.
+    """
     images, height, width, channels = x.shape
     at = layer.placed(height, width)
     if layer.factor > 1:
@@ -116,13 +113,6 @@ def depthwise2d(program: Program, layer: Depthwise, x: Slot, y: Slot, scratch: S
         copies = scratch._replace(shape=(*x.shape[:3], channels * layer.factor), dtype=_BYTE)
         prepack.repeat(program, x, layer.factor, copies)
         x = copies
-    if at.copy is not None:
-        assert scratch is not None
-        offset = scratch.offset + (x.nbytes if layer.factor > 1 else 0)
-        wide = Slot(scratch.base, offset, (images * at.scratch,), _BYTE)
-        sizes = _flat(x), wide, layer.x_zero, at.copy
-        program.add(int8_conv.PAD, wide.nbytes, *sizes, tasks=images)
-        x = wide
     parts = int8_depthwise.parts(images, at.output[0])
     program.add(
         int8_depthwise.tile_kernel(*at.tile), x.nbytes + y.nbytes,
@@ -131,14 +121,13 @@ def depthwise2d(program: Program, layer: Depthwise, x: Slot, y: Slot, scratch: S
     )  # fmt: skip
 
 
-def scale_shift(program: Program, layer: ScaleShift, x: Slot, y: Slot) -> None:
-    """y (..., C) = `int8.scale_shift` of x."""
-    rows = math.prod(x.shape[:-1])
-    program.add(
-        int8.SCALE_SHIFT, x.nbytes + y.nbytes,
-        _flat(x), *layer[1:4], *layer.scaling[1:4], _flat(y), (rows, layer.channels),
-        tasks=layer.tasks(rows),
-    )  # fmt: skip
+def scale_shift(program: Program, layer: Depthwise, x: Slot, y: Slot) -> None:
+    """y (..., C) = x times a factor and plus a summand for each channel: windows of one pixel."""
+    images, *inner, channels = x.shape
+    if not inner:
+        images, inner = 1, [images]
+    shape = images, math.prod(inner[:-1]), inner[-1], channels
+    depthwise2d(program, layer, x.reshape(*shape), y.reshape(*shape), None)
 
 
 # --- pools ----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.core.errors import TypingError
 
+from kernels import _bytes
 from kernels._emit import I8, I32, I64, Tile, constant, static_bounds
 from kernels._levels import LANES
 from kernels._primitive import (
@@ -28,10 +29,6 @@ from kernels._primitive import (
     tile_intrinsic,
 )
 from kernels.simd import _elementwise, _update
-
-#: 1.5 * 2^23. Added to |x| <= 2^22 it leaves no room for a fraction: the sum is x rounded to the
-#: nearest integer, half to even, and the low byte of its bits is that integer's low byte.
-_ROUND = 12582912.0
 
 
 def _int32(name: str, *kinds: Any) -> None:
@@ -164,11 +161,14 @@ def store_bytes(typing, x, Y, iy, cols):
 @tile_intrinsic
 def load_rows(typing, mr, nr, X, ix, ld, index, at):
     """x[i, j] = X[ix + index[at + i] ld + j L : + L]: rows chosen by an int64 array."""
-    check_array("load_rows", X, types.int32)
-    check_array("load_rows", index, types.int64)
-    tile = new_tile(mr, nr, X)
+    return _load_rows("load_rows", new_tile(mr, nr, X), mr, nr, X, index)
 
-    def emit(code, mr, nr, X, ix, ld, index, at):
+
+def _load_rows(name: str, tile: Tile, mr: Any, size: Any, X: Any, index: Any) -> Any:
+    check_array(name, X, types.int32)
+    check_array(name, index, types.int64)
+
+    def emit(code, mr, size, X, ix, ld, index, at):
         b, rows = code.builder, []
         for i in range(tile.mr):
             row = b.load(code.at(index, at, extra=i))
@@ -179,7 +179,35 @@ def load_rows(typing, mr, nr, X, ix, ld, index, at):
             )  # fmt: skip
         return rows
 
-    return primitive(tile, (mr, nr, X, OFFSET, OFFSET, index, OFFSET), emit)
+    return primitive(tile, (mr, size, X, OFFSET, OFFSET, index, OFFSET), emit)
+
+
+@tile_intrinsic
+def four_rows(typing, mr, lanes, X, ix, ld, index, at):
+    """As `load_rows`, four vectors of so many lanes a row."""
+    tile = Tile(constant(mr), 4, X.dtype, constant(lanes))
+    return _load_rows("four_rows", tile, mr, lanes, X, index)
+
+
+@tile_intrinsic
+def four(typing, mr, lanes, X, ix, ld):
+    """x[i, v] = X[ix + i ld + v lanes : + lanes], v < 4; int32 or float32."""
+    check_array("four", X, types.int32, types.float32)
+    tile = Tile(constant(mr), 4, X.dtype, constant(lanes))
+
+    def emit(code, mr, lanes, X, ix, ld):
+        starts = [[code.at(X, ix, i, ld, v * tile.lanes) for v in range(4)] for i in range(tile.mr)]
+        return [[code.load(start, tile.vector) for start in row] for row in starts]
+
+    return primitive(tile, (mr, lanes, X, OFFSET, OFFSET), emit)
+
+
+@tile_intrinsic
+def repeated(typing, mr, x):
+    """A tile of mr rows, each of them that of x, which has one."""
+    check_tile("repeated", x)
+    tile = Tile(constant(mr), x.nr, x.dtype, x.lanes)
+    return primitive(tile, (mr, x), lambda code, mr, x: x * tile.mr)
 
 
 @tile_intrinsic
@@ -208,10 +236,15 @@ def of_int(typing, value):
 
 
 @tile_intrinsic
-def bit_and(typing, x, y):
-    """x & y."""
-    _int32("bit_and", x, y)
-    return _elementwise("bit_and", lambda code, p, q: code.builder.and_(p, q), x, y)
+def bit_and(typing, x, mask):
+    """x & mask, one number."""
+    _int32("bit_and", x)
+
+    def emit(code, x, mask):
+        mask = code.splat(mask, x[0][0].type.count)
+        return [[code.builder.and_(v, mask) for v in row] for row in x]
+
+    return primitive(x, (x, types.int32), emit)
 
 
 @tile_intrinsic
@@ -257,13 +290,13 @@ def dot4_rows(typing, acc, A, ia, lda, B, ib, lo, hi):
 
 
 def _columns(code: Any, x: Any, count: int, bounds: Any, static: Any, column: Any) -> Any:
-    """Apply column(c, x), which gives new vectors by row, for each c < count within the bounds."""
-    x, b = [row[0] for row in x], code.builder
+    """Apply column(c, x), which gives new rows by number, for each c < count within the bounds."""
+    x, b = list(x), code.builder
     for c in range(count):
         if static:
             if static[0] <= c < static[1]:
-                for i, v in column(c, x).items():
-                    x[i] = v
+                for i, row in column(c, x).items():
+                    x[i] = row
             continue
         inside = b.and_(
             b.icmp_signed("<=", bounds[0], I64(c)), b.icmp_signed("<", I64(c), bounds[1])
@@ -271,48 +304,50 @@ def _columns(code: Any, x: Any, count: int, bounds: Any, static: Any, column: An
         before = b.block
         with b.if_then(inside):
             new, end = column(c, x), b.block
-        for i, v in new.items():
-            phi = b.phi(v.type)
-            phi.add_incoming(x[i], before)
-            phi.add_incoming(v, end)
-            x[i] = phi
-    return [[v] for v in x]
+        for i, row in new.items():
+            merged = []
+            for was, now in zip(x[i], row, strict=True):
+                phi = b.phi(was.type)
+                phi.add_incoming(was, before)
+                phi.add_incoming(now, end)
+                merged.append(phi)
+            x[i] = merged
+    return x
 
 
 @tile_intrinsic
 def slide_bytes(typing, acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, cols):
     """acc[o] += sum_{k, r < rows} w[k].r x[o step + k].r of columns lo <= c < hi only.
 
-    w[k].r is byte r, signed, of each int32 of w[k]; x[c].r = X[ix + o_r + c ld : + L], uint8, with
-    o_0 = 0. step and rows <= 4 are constants. Only the first `cols` elements of x[c] are read
-    unless that is a constant; constant lo and hi save the branches.
+    acc and w have four vectors of int32 a row, w[k].r is byte r, signed, of each lane of w[k];
+    x[c].r = X[ix + o_r + c ld : + 4 lanes], uint8, with o_0 = 0, INTERLEAVED: see `kernels._bytes`.
+    step and rows <= 4 are constants. Only the first `cols` elements of x[c] are read unless that is
+    a constant; constant lo and hi save the branches.
     """
     _int32("slide_bytes", acc, w)
     check_array("slide_bytes", X, types.uint8)
+    if (acc.nr, acc.lanes) != (4, w.lanes) or w.nr != 4:
+        raise TypingError(f"simd_int.slide_bytes: {acc} and {w} do not fit")
     S, R, static = constant(step), constant(rows), static_bounds(lo, hi)
-    part = not isinstance(cols, types.IntegerLiteral)
-    L, vec = acc.lanes, acc.vector
+    part, kind = not isinstance(cols, types.IntegerLiteral), _byte_vector(4 * acc.lanes)
 
     def emit(code, acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, cols):
-        b = code.builder
+        starts = [ix, *(code.builder.add(ix, o) for o in (o1, o2, o3)[: R - 1])]
+        mask = code.mask(cols, kind.count) if part else None
 
-        def load(offset, c):
-            start = code.at(X, b.add(ix, offset) if offset is not None else ix, c, ld)
-            if part:
-                bytes_ = _masked_bytes(code, start, code.mask(cols, L))
-            else:
-                bytes_ = code.load(start, _byte_vector(L))
-            return b.zext(bytes_, vec)
+        def load(start, c):
+            pointer = code.at(X, start, c, ld)
+            return _masked_bytes(code, pointer, mask) if part else code.load(pointer, kind)
 
         def column(c, old):
             pairs = [(o, c - o * S) for o in range(len(old)) if 0 <= c - o * S < len(w)]
             if not pairs:
                 return {}
-            x = load(None, c)
-            for r, offset in enumerate((o1, o2, o3)[: R - 1], 1):
-                shift = ir.Constant(vec, [8 * r] * L)
-                x = b.or_(x, b.shl(load(offset, c), shift))
-            return {o: code.dot4(old[o], x, w[k][0]) for o, k in pairs}
+            x = _bytes.interleaved(code, [load(start, c) for start in starts])
+            return {
+                o: [_bytes.dot4(code, *zuw) for zuw in zip(old[o], x, w[k], strict=True)]
+                for o, k in pairs
+            }
 
         return _columns(code, acc, (len(acc) - 1) * S + len(w), (lo, hi), static, column)
 
@@ -323,45 +358,61 @@ def slide_bytes(typing, acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, cols)
 # --- storing --------------------------------------------------------------------------------------
 
 
-def _clamped(code: Any, x: Any, low: Any, high: Any) -> Any:
-    """min(max(x, low), high); NaN gives low."""
-    x = code.builder.select(code.builder.fcmp_ordered(">", x, low), x, low)
-    return code.builder.select(code.builder.fcmp_ordered("<", x, high), x, high)
+def _natural(code: Any, four: list[Any]) -> list[Any]:
+    """Four INTERLEAVED vectors in their natural order."""
+    L = four[0].type.count
+    pairs = [code.shuffle(*four[i : i + 2], list(range(2 * L))) for i in (0, 2)]
+    order = [v * L + 4 * k + t for k in range(L // 4) for v in range(4) for t in range(4)]
+    return [code.shuffle(*pairs, order[j * L : (j + 1) * L]) for j in range(4)]
 
 
-def _store_scaled(name: str, x: Any, scale: Any, Y: Any, part: Any) -> Any:
+def _store_scaled(name: str, x: Any, scale: Any, Y: Any, part: Any, spread: bool = False) -> Any:
     check_tile(name, x, scale)
     check_array(name, Y, types.uint8, types.float32)
     fits = (scale.lanes, scale.mr) == (x.lanes, 1) and scale.nr in (1, x.nr)
     if not fits or scale.dtype != types.float32 or x.dtype not in (types.int32, types.float32):
         raise TypingError(f"simd_int.{name}: {x} and scale {scale} do not fit")
     L, integer, to_bytes = x.lanes, x.dtype == types.int32, Y.dtype == types.uint8
+    real = ir.VectorType(ir.FloatType(), L)
 
     def emit(code, x, scale, low, high, zero, Y, iy, ld, *limits):
-        b, real = code.builder, ir.VectorType(ir.FloatType(), L)
-        low, high = code.splat(low, L), code.splat(high, L)
-        if to_bytes:
-            zero = code.splat(b.trunc(zero, I8), L)
+        b = code.builder
+        bounds = [code.splat(v, L) for v in (low, high)]
+        least = b.add(b.fptosi(low, I32), zero) if to_bytes else None
 
-        def result(v, j):
-            v = b.sitofp(v, real) if integer else v
-            v = _clamped(code, b.fmul(v, scale[0][min(j, len(scale[0]) - 1)]), low, high)
+        def number(v, j):
+            v = b.fmul(b.sitofp(v, real) if integer else v, scale[0][min(j, len(scale[0]) - 1)])
+            if not (integer and to_bytes):  # NaN gives low
+                v = b.select(b.fcmp_ordered(">", v, bounds[0]), v, bounds[0])
+            return b.select(b.fcmp_ordered("<", v, bounds[1]), v, bounds[1])
+
+        def vectors(row):
+            """Where each vector to be stored begins, and the vector."""
+            v = [number(v, j) for j, v in enumerate(row)]
             if not to_bytes:
-                return v
-            v = b.fadd(v, ir.Constant(real, [_ROUND] * L))
-            return b.add(b.trunc(b.bitcast(v, ir.VectorType(I32, L)), _byte_vector(L)), zero)
-
-        masks = code.masks(limits[2], len(x[0]), L) if limits else None
+                return [(j * L, w) for j, w in enumerate(_natural(code, v) if spread else v)]
+            found, j = [], 0
+            while j < len(v):
+                count = next(n for n in (4, 2, 1) if j + n <= len(v))
+                y = _bytes.rounded(code, v[j : j + count] * (4 // count), least, zero)
+                if not spread:
+                    order = [4 * k + i for i in range(count) for k in range(L // 4)]
+                    y = _bytes.quarters(code, y, order)
+                found.append((j * L, y))
+                j += count
+            return found
 
         def row(i):
-            for j, v in enumerate(x[i]):
-                pointer, y = code.at(Y, iy, i, ld, j * L), result(v, j)
-                if masks is None:
-                    b.store(y, b.bitcast(pointer, y.type.as_pointer()), align=1 if to_bytes else 4)
-                elif to_bytes:
-                    _masked_bytes(code, pointer, masks[j], y)
+            for start, y in vectors(x[i]):
+                pointer = code.at(Y, iy, i, ld, start)
+                if not limits:
+                    code.store(y, pointer)
+                    continue
+                mask = code.mask(b.sub(limits[2], I64(start)), y.type.count)
+                if to_bytes:
+                    _masked_bytes(code, pointer, mask, y)
                 else:
-                    code.masked(pointer, real, masks[j], y)
+                    code.masked(pointer, real, mask, y)
             return []
 
         if limits:
@@ -370,8 +421,8 @@ def _store_scaled(name: str, x: Any, scale: Any, Y: Any, part: Any) -> Any:
             for i in range(len(x)):
                 row(i)
 
-    real = types.float32
-    kinds = (x, scale, real, real, types.int32, Y, OFFSET, OFFSET)
+    one = types.float32
+    kinds = (x, scale, one, one, types.int32, Y, OFFSET, OFFSET)
     return primitive(types.void, (*kinds, *bound_types(*part), OFFSET) if part else kinds, emit)
 
 
@@ -393,3 +444,15 @@ def store_scaled_part(typing, x, scale, low, high, zero, Y, iy, ld, lo, hi, cols
     Memory outside that part is not written.
     """
     return _store_scaled("store_scaled_part", x, scale, Y, (lo, hi))
+
+
+@tile_intrinsic
+def store_interleaved(typing, x, scale, low, high, zero, Y, iy, ld):
+    """As `store_scaled`, of four vectors a row which are INTERLEAVED, as are those of `scale`."""
+    return _store_scaled("store_interleaved", x, scale, Y, (), True)
+
+
+@tile_intrinsic
+def store_interleaved_part(typing, x, scale, low, high, zero, Y, iy, ld, lo, hi, cols):
+    """As `store_scaled_part`, likewise."""
+    return _store_scaled("store_interleaved_part", x, scale, Y, (lo, hi), True)

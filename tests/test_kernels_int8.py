@@ -133,16 +133,6 @@ def test_add(size, a_zero, b_zero, zero, relu, seed):
     same(int8.add(a, b, how, out=a), expected)
 
 
-@pytest.mark.parametrize("c", [1, 16, 40])
-def test_add_scale_shift(c):
-    """As a depthwise convolution with windows of one pixel."""
-    rng = np.random.default_rng(c)
-    x, w, bias = activations(rng, (2, 7, 5, c)), weights(rng, c), biases(rng, c)
-    how = scaling(rng, c, 1)
-    got = int8.scale_shift(x, int8.pack_scale_shift(w, bias, 9, how))
-    same(got, exact_conv(x, as_dense(w.reshape(1, 1, c, 1)), bias, 9, how, Window((1, 1))))
-
-
 def test_rounding_is_to_even_and_saturates():
     x = np.array([0.5, 1.5, 2.5, -0.5, -1.5, 1e9, -1e9, np.nan], np.float32)
     np.testing.assert_array_equal(int8.quantize(x, 1, 100), [100, 102, 102, 100, 98, 255, 0, 0])

@@ -184,11 +184,8 @@ class IntDepthwise(Windowed, _Weighted):
 
     def scratch(self, inputs: Sequence[Shape], output: Shape) -> int:
         height, width, channels = inputs[0]
-        factor = output[2] // channels
-        sides = [n + sum(p) for n, p in zip((height, width), self.padding, strict=True)]
-        copy = math.prod(sides) if max(map(max, self.padding)) > 0 else 0
-        repeated = height * width if factor > 1 else 0
-        return _quads((copy + repeated) * channels * factor)
+        several = output[2] > channels  # of each channel: it is copied so many times
+        return _quads(height * width * output[2]) if several else 0
 
     def emit(self, at: Site) -> None:
         def pack() -> Depthwise:
@@ -216,9 +213,10 @@ class IntScaleShift(_Weighted):
         return x
 
     def emit(self, at: Site) -> None:
-        def pack() -> int8.ScaleShift:
-            a, how = at.arrays, self._scaling(at.arrays["scale"])
-            return int8.pack_scale_shift(a["weight"], a.get("bias"), self.x[1], how)
+        def pack() -> Depthwise:
+            a, one = at.arrays, Window((1, 1))
+            w, how = a["weight"].reshape(1, 1, -1, 1), self._scaling(a["scale"])
+            return pack_depthwise2d(w, a.get("bias"), self.x[1], how, one)
 
         layer = at.packed.get("int8", pack)
         prepack_int8.scale_shift(at.program, layer, at.inputs[0], at.output)

@@ -1,0 +1,110 @@
+"""Bytes in vectors: rows of an image side by side in int32 lanes, and numbers as bytes again.
+
+For `kernels.simd_int`. A processor moves bytes cheaply only within quarters of 16 bytes of a long
+vector: there it can interleave two vectors, or narrow two to one. Both are made of that here, so
+that four vectors of int32 come out in an order of their own, INTERLEAVED: element 16 k + 4 v + t
+is lane 4 k + t of vector v, t < 4. Vectors of four lanes are in their natural order then.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from kernels._emit import I8, I16, I32
+from kernels._levels import CHOSEN
+
+#: 1.5 * 2^23. Added to |x| <= 2^22 it leaves no room for a fraction: the sum is x rounded to the
+#: nearest integer, half to even, and the low byte of its bits is that integer's low byte.
+_ROUND = 12582912.0
+
+#: By the bits of a vector: rounding to int32, then narrowing to int16 and to unsigned bytes.
+_X86 = {
+    128: ("sse2.cvtps2dq", "sse2.packssdw.128", "sse2.packuswb.128"),
+    256: ("avx.cvt.ps2dq.256", "avx2.packssdw", "avx2.packuswb"),
+    512: ("avx512.mask.cvtps2dq.512", "avx512.packssdw.512", "avx512.packuswb.512"),
+}
+
+
+def _zip(code: Any, x: Any, y: Any, kind: Any) -> list[Any]:
+    """Elements of `kind` of x and y in turn: of the first halves of all quarters, of the second."""
+    count, per = kind.count, 128 // kind.element.width
+    x, y = (code.builder.bitcast(v, kind) for v in (x, y))
+    found = []
+    for half in (0, per // 2):
+        places = [q + half + i for q in range(0, count, per) for i in range(per // 2)]
+        found.append(code.shuffle(x, y, [p + side for p in places for side in (0, count)]))
+    return found
+
+
+def interleaved(code: Any, rows: list[Any]) -> list[Any]:
+    """Byte r of each int32 of the result: that of row r of one to four, INTERLEAVED.
+
+    Where there is no row r it is anything.
+    """
+    size = rows[0].type.count
+    halves = ir.VectorType(I16, size // 2)
+    first = _zip(code, rows[0], rows[min(1, len(rows) - 1)], rows[0].type)
+    second = _zip(code, rows[min(2, len(rows) - 1)], rows[-1], rows[0].type)
+    words = [_zip(code, a, b, halves) for a, b in zip(first, second, strict=True)]
+    whole = ir.VectorType(I32, size // 4)
+    return [code.builder.bitcast(v, whole) for pair in words for v in pair]
+
+
+def dot4(code: Any, z: Any, u: Any, s: Any) -> Any:
+    """`LevelCode.dot4` of vectors of any length."""
+    if CHOSEN.dot4 != "pmaddwd" or z.type.count > 4:
+        return code.dot4(z, u, s)
+    unset = ir.Constant(z.type, ir.Undefined)  # it has no form of that for 128 bits
+    twice = [code.shuffle(v, unset, list(range(8))) for v in (z, u, s)]
+    both = code.dot4(*twice)
+    return code.shuffle(both, both, [0, 1, 2, 3])
+
+
+def rounded(code: Any, four: list[Any], least: Any, zero: Any) -> Any:
+    """round(x) + zero, half to even, of four vectors of float32 as bytes, which are INTERLEAVED.
+
+    least, zero: int32, 0 <= least, zero <= 255. What is below `least` becomes that; the caller
+    knows that nothing is above 255.
+    """
+    b, lanes = code.builder, four[0].type.count
+    bytes_ = ir.VectorType(I8, 4 * lanes)
+    zero8, least8 = (code.splat(b.trunc(n, I8), 4 * lanes) for n in (zero, least))
+    if CHOSEN.dot4 == "plain":
+        real = four[0].type
+        low = code.splat(b.sitofp(b.sub(least, zero), ir.FloatType()), lanes)
+        parts = []
+        for x in four:
+            x = b.select(b.fcmp_ordered(">", x, low), x, low)
+            x = b.bitcast(b.fadd(x, ir.Constant(real, [_ROUND] * lanes)), ir.VectorType(I32, lanes))
+            parts.append(b.trunc(x, ir.VectorType(I8, lanes)))
+        whole = [code.shuffle(p, q, list(range(2 * lanes))) for p, q in (parts[:2], parts[2:])]
+        return b.add(code.shuffle(*whole, list(range(4 * lanes))), zero8)
+    convert, to_words, to_bytes = (f"llvm.x86.{name}" for name in _X86[32 * lanes])
+    ints, words = ir.VectorType(I32, lanes), ir.VectorType(I16, 2 * lanes)
+    n = [_converted(code, convert, x, ints) for x in four]
+    pairs = [code.call(to_words, words, *n[i : i + 2]) for i in (0, 2)]
+    zero16 = code.splat(b.trunc(zero, I16), 2 * lanes)
+    add = f"llvm.sadd.sat.v{2 * lanes}i16"
+    pairs = [code.call(add, words, p, zero16) for p in pairs]
+    y = code.call(to_bytes, bytes_, *pairs)
+    return b.select(b.icmp_unsigned(">", y, least8), y, least8)
+
+
+def _converted(code: Any, name: str, x: Any, ints: Any) -> Any:
+    """Rounded to int32; what does not fit becomes the lowest."""
+    if ints.count < 16:
+        return code.call(name, ints, x)
+    every = ir.Constant(I16, -1)
+    as_set = I32(4)  # the rounding that the processor is set to: to nearest, half to even
+    return code.call(name, ints, x, ir.Constant(ints, None), every, as_set)
+
+
+def quarters(code: Any, y: Any, order: list[int]) -> Any:
+    """Groups of four bytes of y in this order."""
+    groups = ir.VectorType(I32, y.type.count // 4)
+    moved = code.shuffle(*[code.builder.bitcast(y, groups)] * 2, order)
+    return code.builder.bitcast(moved, ir.VectorType(I8, 4 * len(order)))
