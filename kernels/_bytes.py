@@ -21,6 +21,9 @@ from kernels._levels import CHOSEN
 #: nearest integer, half to even, and the low byte of its bits is that integer's low byte.
 _ROUND = 12582912.0
 
+#: Whether there are instructions that narrow numbers to the nearest that fits.
+SATURATING = CHOSEN.dot4 != "plain"
+
 #: By the bits of a vector: rounding to int32, then narrowing to int16 and to unsigned bytes.
 _X86 = {
     128: ("sse2.cvtps2dq", "sse2.packssdw.128", "sse2.packuswb.128"),
@@ -64,18 +67,18 @@ def dot4(code: Any, z: Any, u: Any, s: Any) -> Any:
     return code.shuffle(both, both, [0, 1, 2, 3])
 
 
-def rounded(code: Any, four: list[Any], least: Any, zero: Any) -> Any:
+def rounded(code: Any, four: list[Any], bounds: tuple[Any, Any], zero: Any) -> Any:
     """round(x) + zero, half to even, of four vectors of float32 as bytes, which are INTERLEAVED.
 
-    least, zero: int32, 0 <= least, zero <= 255. What is below `least` becomes that; the caller
-    knows that nothing is above 255.
+    Cut to 0 <= bounds[0] ... bounds[1] <= 255; these and zero are int32. Unless SATURATING the
+    caller has cut x above, and x < 2^31 in any case.
     """
     b, lanes = code.builder, four[0].type.count
     bytes_ = ir.VectorType(I8, 4 * lanes)
-    zero8, least8 = (code.splat(b.trunc(n, I8), 4 * lanes) for n in (zero, least))
-    if CHOSEN.dot4 == "plain":
+    zero8, least, most = (code.splat(b.trunc(n, I8), 4 * lanes) for n in (zero, *bounds))
+    if not SATURATING:
         real = four[0].type
-        low = code.splat(b.sitofp(b.sub(least, zero), ir.FloatType()), lanes)
+        low = code.splat(b.sitofp(b.sub(bounds[0], zero), ir.FloatType()), lanes)
         parts = []
         for x in four:
             x = b.select(b.fcmp_ordered(">", x, low), x, low)
@@ -91,7 +94,8 @@ def rounded(code: Any, four: list[Any], least: Any, zero: Any) -> Any:
     add = f"llvm.sadd.sat.v{2 * lanes}i16"
     pairs = [code.call(add, words, p, zero16) for p in pairs]
     y = code.call(to_bytes, bytes_, *pairs)
-    return b.select(b.icmp_unsigned(">", y, least8), y, least8)
+    y = b.select(b.icmp_unsigned(">", y, least), y, least)
+    return b.select(b.icmp_unsigned("<", y, most), y, most)
 
 
 def _converted(code: Any, name: str, x: Any, ints: Any) -> Any:

@@ -45,6 +45,7 @@ from kernels.product import _aligned
 
 LARGEST = 2**31 - 1
 _CHUNK = 4 * 1024  # elements that one task covers
+_SMALL = 2.0**30
 _FACTOR_BITS = 21  # of `add`: 2 * 255 * 2^21 < 2^31
 
 
@@ -53,7 +54,7 @@ class Scaling(NamedTuple):
 
     multiplier: np.ndarray  # (N,) float32
     low: np.float32
-    high: np.float32
+    high: np.float32 | int  # an int where no sum times its multiplier leaves int32: `fitted`
     zero: int
     dtype: Any
 
@@ -138,22 +139,27 @@ def widened(values: np.ndarray, dtype: Any) -> np.ndarray:
     return wide
 
 
-def multipliers(name: str, scaling: Scaling, channels: int) -> np.ndarray:
-    """One multiplier a channel, filled up to whole vectors. Raises ValueError for another count."""
-    if len(scaling.multiplier) not in (1, channels):
+def fitted(name: str, scaling: Scaling, most: np.ndarray) -> Scaling:
+    """With a multiplier for each channel, and `high` as sums of at most `most` (N,) allow.
+
+    Raises ValueError for another number of multipliers.
+    """
+    if len(scaling.multiplier) not in (1, len(most)):
         raise ValueError(
-            f"{name}: expected 1 or {channels} multipliers, got {len(scaling.multiplier)}"
+            f"{name}: expected 1 or {len(most)} multipliers, got {len(scaling.multiplier)}"
         )
-    return widened(np.broadcast_to(scaling.multiplier, channels), np.float32)
+    every = np.broadcast_to(scaling.multiplier, len(most))
+    small = scaling.dtype == np.uint8 and (every * most.astype(np.float64) < _SMALL).all()
+    return scaling._replace(multiplier=every, high=int(scaling.high) if small else scaling.high)
 
 
 def checked_sums(
     name: str, w: np.ndarray, bias: np.ndarray | None, x_zero: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The sums of each tap w[t, :, n], (T, N), and the bias (N,), int64, for w (T, K, N) int8.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The sums of each tap w[t, :, n], (T, N), the bias (N,), int64, for w (T, K, N) int8.
 
-    Raises TypeError for other dtypes, ValueError for shapes, OverflowError where the sum of a
-    channel could leave int32: its largest is |bias[n]| + max(x_zero, 255 - x_zero) sum |w[k, n]|.
+    And the largest result of each channel, |bias[n]| + max(x_zero, 255 - x_zero) sum |w[k, n]|.
+    Raises TypeError for other dtypes, ValueError for shapes, OverflowError where that leaves int32.
     """
     check_zero(name, x_zero)
     if w.dtype != np.int8 or (bias is not None and bias.dtype != np.int32):
@@ -169,7 +175,7 @@ def checked_sums(
             f"{name}: w {w.shape}, x_zero {x_zero}: sums of channel {most.argmax()} can reach "
             f"{most.max()}, expected at most {LARGEST}"
         )
-    return w.sum(1, dtype=np.int64), added
+    return w.sum(1, dtype=np.int64), added, most
 
 
 # --- moving bytes ---------------------------------------------------------------------------------
@@ -307,7 +313,7 @@ class Addition(NamedTuple):
     b_factor: int
     scale: np.float32
     low: np.float32
-    high: np.float32
+    high: np.float32 | int  # as of `Scaling`
     zero: int
     dtype: Any
 
@@ -340,6 +346,7 @@ def addition(
     way = _scaling(
         np.array([2.0**-exponent]), 0 if relu else -y_zero, top - y_zero, y_zero, np.uint8
     )
+    way = fitted("addition", way, np.array([255 * sum(factors)]))
     return Addition(a_zero, factors[0], b_zero, factors[1], way.multiplier[0], *way[1:])
 
 

@@ -31,7 +31,7 @@ from kernels import int8, memory, simd, simd_int
 from kernels._jit import Variants
 from kernels.conv import _Axis, _table
 from kernels.geometry import Window
-from kernels.int8 import Scaling, checked_sums, multipliers, operand, result, widened
+from kernels.int8 import Scaling, checked_sums, fitted, operand, result, widened
 from kernels.int8_product import Call, Linear, Panels, height, linear, pack, pack_linear
 
 _BLOCK_BYTES = 384 * 1024  # of images that one panel of weights passes over
@@ -183,7 +183,6 @@ class Convolution:
     panels: Panels
     sums: np.ndarray
     bias: np.ndarray
-    multiplier: np.ndarray
     scaling: Scaling
     pointwise: Linear | None
     _placed: dict[tuple[int, int], Placed] = field(default_factory=dict, repr=False, compare=False)
@@ -319,8 +318,9 @@ def pack_conv2d(
         )
     KH, KW, C, N = w.shape
     taps = w.reshape(KH * KW, C, N)
-    sums, added = checked_sums("pack_conv2d", taps, bias, x_zero)
-    scale = multipliers("pack_conv2d", scaling, N)
+    sums, added, most = checked_sums("pack_conv2d", taps, bias, x_zero)
+    how = fitted("pack_conv2d", scaling, most)
+    how = how._replace(multiplier=widened(how.multiplier, np.float32))
     pointwise = None
     if win.kernel == win.stride == (1, 1) and win.padding == ((0, 0), (0, 0)):
         pointwise = pack_linear(w[0, 0], bias, x_zero, scaling)
@@ -329,7 +329,7 @@ def pack_conv2d(
         panels = pack(w.reshape(KH, KW * C, N), False)
     else:
         panels = pack(taps, C > 4)
-    return Convolution(win, C, N, x_zero, panels, sums, added, scale, scaling, pointwise)
+    return Convolution(win, C, N, x_zero, panels, sums, added, how, pointwise)
 
 
 def conv2d(x: np.ndarray, layer: Convolution, *, out: np.ndarray | None = None) -> np.ndarray:
@@ -348,17 +348,13 @@ def conv2d(x: np.ndarray, layer: Convolution, *, out: np.ndarray | None = None) 
         images = memory.empty(len(x) * at.scratch + SLACK, np.uint8)
         images[-SLACK:] = 0
         PAD.choose(images.nbytes)(x.reshape(-1), images, layer.x_zero, at.copy, 0, len(x))
-    _, low, high, zero, _ = layer.scaling
     macs = y.size * math.prod(layer.win.kernel) * layer.inputs
     for call, columns in layer.calls(len(x), *x.shape[1:3]):
         tile_kernel(call.mr, call.nr).choose(macs // 4)(
             images,
             layer.panels.packed,
             at.base,
-            layer.multiplier,
-            low,
-            high,
-            zero,
+            *layer.scaling[:4],
             y.reshape(-1),
             call.sizes,
             at.rows,

@@ -26,7 +26,7 @@ from numba import prange
 from kernels import simd, simd_int
 from kernels._jit import Variants
 from kernels.geometry import Window
-from kernels.int8 import Scaling, checked_sums, multipliers, operand, result, widened
+from kernels.int8 import Scaling, checked_sums, fitted, operand, result, widened
 from kernels.int8_conv import beginnings, check_image
 
 _TASKS = 16  # wanted at least
@@ -136,7 +136,6 @@ class Depthwise:
     packed: np.ndarray
     sums: np.ndarray
     bias: np.ndarray
-    multiplier: np.ndarray
     scaling: Scaling
     _placed: dict[tuple[int, int], Placed] = field(default_factory=dict, repr=False, compare=False)
 
@@ -226,8 +225,9 @@ def pack_depthwise2d(
         )
     KH, KW, C, factor = w.shape
     taps = w.reshape(KH * KW, 1, C * factor)
-    sums, added = checked_sums("pack_depthwise2d", taps, bias, x_zero)
-    scale = multipliers("pack_depthwise2d", scaling, C * factor)[: C * factor]
+    sums, added, most = checked_sums("pack_depthwise2d", taps, bias, x_zero)
+    how = fitted("pack_depthwise2d", scaling, most)
+    how = how._replace(multiplier=spread(how.multiplier))
     groups, rows = _grouping(KH)
     bytes_ = np.zeros((groups * rows, KW, C * factor), np.int8)
     bytes_[:KH] = taps.reshape(KH, KW, C * factor)
@@ -235,7 +235,7 @@ def pack_depthwise2d(
     quads[..., :rows] = bytes_.reshape(groups, rows, KW, -1).transpose(0, 2, 3, 1)
     packed = spread(quads.view(np.int32)[..., 0])
     sums = sums.reshape(KH, KW, C * factor)
-    return Depthwise(win, C, factor, x_zero, packed, sums, added, spread(scale), scaling)
+    return Depthwise(win, C, factor, x_zero, packed, sums, added, how)
 
 
 def depthwise2d(x: np.ndarray, layer: Depthwise, *, out: np.ndarray | None = None) -> np.ndarray:
@@ -251,15 +251,11 @@ def depthwise2d(x: np.ndarray, layer: Depthwise, *, out: np.ndarray | None = Non
     y = result("depthwise2d", (len(x), *at.output, x.shape[3]), layer.scaling.dtype, out)
     images = len(x)
     share = parts(images, at.output[0])
-    _, low, high, zero, _ = layer.scaling
     tile_kernel(*at.tile).choose(x.nbytes + y.nbytes)(
         x.reshape(-1),
         layer.packed,
         at.base,
-        layer.multiplier,
-        low,
-        high,
-        zero,
+        *layer.scaling[:4],
         y.reshape(-1),
         (*at.sizes, share),
         at.lines,

@@ -24,7 +24,7 @@ from numba import prange
 
 from kernels import simd, simd_int
 from kernels._jit import Variants
-from kernels.int8 import Scaling, checked_sums, multipliers, operand, result, widened
+from kernels.int8 import Scaling, checked_sums, fitted, operand, result, widened
 from kernels.product import _aligned
 
 _BLOCK_BYTES = 192 * 1024  # of x, which stay in the second-level cache beside a panel
@@ -166,7 +166,6 @@ class Linear(NamedTuple):
     outputs: int
     panels: Panels
     base: np.ndarray
-    multiplier: np.ndarray
     scaling: Scaling
 
     def calls(self, rows: int) -> tuple[Call, ...]:
@@ -196,11 +195,12 @@ def pack_linear(w: np.ndarray, bias: np.ndarray | None, x_zero: int, scaling: Sc
     """
     if w.ndim != 2 or not w.size:
         raise ValueError(f"pack_linear: expected w (K, N), not empty, got {w.shape}")
-    taps, added = checked_sums("pack_linear", w[None], bias, x_zero)
+    taps, added, most = checked_sums("pack_linear", w[None], bias, x_zero)
     base = widened((added - x_zero * taps[0]).astype(np.int32), np.int32)  # may wrap around
-    scale = multipliers("pack_linear", scaling, w.shape[1])
+    how = fitted("pack_linear", scaling, most)
+    how = how._replace(multiplier=widened(how.multiplier, np.float32))
     panels = pack(w[None], len(w) > 4)
-    return Linear(w.shape[0], w.shape[1], panels, base, scale, scaling)
+    return Linear(w.shape[0], w.shape[1], panels, base, how)
 
 
 def linear(x: np.ndarray, layer: Linear, *, out: np.ndarray | None = None) -> np.ndarray:
@@ -219,17 +219,13 @@ def linear(x: np.ndarray, layer: Linear, *, out: np.ndarray | None = None) -> np
         wide = np.zeros((rows, 4), np.uint8)
         wide[:, : layer.inputs] = x.reshape(rows, layer.inputs)
         x = wide
-    _, low, high, zero, _ = layer.scaling
     for call in layer.calls(rows):
         work = rows * layer.inputs * call.sizes[4] // 4
         tile_kernel(call.mr, call.nr).choose(work)(
             x.reshape(-1),
             layer.panels.packed,
             layer.base,
-            layer.multiplier,
-            low,
-            high,
-            zero,
+            *layer.scaling[:4],
             y.reshape(-1),
             call.sizes,
             0,

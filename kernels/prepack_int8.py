@@ -65,7 +65,7 @@ def linear(program: Program, layer: Linear, x: Slot, y: Slot, scratch: Slot | No
         program.add(
             int8_product.tile_kernel(call.mr, call.nr),
             _quads(rows * layer.inputs * call.sizes[4]),
-            _flat(x), layer.panels.packed, layer.base, layer.multiplier, *layer.scaling[1:4],
+            _flat(x), layer.panels.packed, layer.base, *layer.scaling[:4],
             _flat(y), call.sizes, tasks=call.tasks,
         )  # fmt: skip
 
@@ -95,7 +95,7 @@ def conv2d(program: Program, layer: Convolution, x: Slot, y: Slot, scratch: Slot
     for call, columns in layer.calls(images, height, width):
         program.add(
             int8_conv.tile_kernel(call.mr, call.nr), _quads(macs),
-            source, layer.panels.packed, at.base, layer.multiplier, *layer.scaling[1:4], _flat(y),
+            source, layer.panels.packed, at.base, *layer.scaling[:4], _flat(y),
             call.sizes, at.rows, columns, at.cases, tasks=call.tasks,
         )  # fmt: skip
     return None
@@ -116,7 +116,7 @@ def depthwise2d(program: Program, layer: Depthwise, x: Slot, y: Slot, scratch: S
     parts = int8_depthwise.parts(images, at.output[0])
     program.add(
         int8_depthwise.tile_kernel(*at.tile), x.nbytes + y.nbytes,
-        _flat(x), layer.packed, at.base, layer.multiplier, *layer.scaling[1:4], _flat(y),
+        _flat(x), layer.packed, at.base, *layer.scaling[:4], _flat(y),
         (*at.sizes, parts), at.lines, at.cases, tasks=images * parts,
     )  # fmt: skip
 

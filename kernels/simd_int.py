@@ -366,25 +366,37 @@ def _natural(code: Any, four: list[Any]) -> list[Any]:
     return [code.shuffle(*pairs, order[j * L : (j + 1) * L]) for j in range(4)]
 
 
-def _store_scaled(name: str, x: Any, scale: Any, Y: Any, part: Any, spread: bool = False) -> Any:
+def _store_scaled(
+    name: str, x: Any, scale: Any, high: Any, Y: Any, part: Any, spread: bool = False
+) -> Any:
     check_tile(name, x, scale)
     check_array(name, Y, types.uint8, types.float32)
     fits = (scale.lanes, scale.mr) == (x.lanes, 1) and scale.nr in (1, x.nr)
     if not fits or scale.dtype != types.float32 or x.dtype not in (types.int32, types.float32):
         raise TypingError(f"simd_int.{name}: {x} and scale {scale} do not fit")
     L, integer, to_bytes = x.lanes, x.dtype == types.int32, Y.dtype == types.uint8
+    small, one = isinstance(high, types.Integer), types.float32
+    if small and not (integer and to_bytes):
+        raise TypingError(f"simd_int.{name}: {x} to {Y} requires high of float32, got {high}")
     real = ir.VectorType(ir.FloatType(), L)
 
     def emit(code, x, scale, low, high, zero, Y, iy, ld, *limits):
         b = code.builder
-        bounds = [code.splat(v, L) for v in (low, high)]
-        least = b.add(b.fptosi(low, I32), zero) if to_bytes else None
+        bounds = I32(0), I32(255)
+        if to_bytes:
+            top = high if small else b.fptosi(high, I32)
+            bounds = b.add(b.fptosi(low, I32), zero), b.add(top, zero)
+        low, high = (
+            code.splat(v, L) for v in (low, b.sitofp(high, real.element) if small else high)
+        )
 
         def number(v, j):
             v = b.fmul(b.sitofp(v, real) if integer else v, scale[0][min(j, len(scale[0]) - 1)])
             if not (integer and to_bytes):  # NaN gives low
-                v = b.select(b.fcmp_ordered(">", v, bounds[0]), v, bounds[0])
-            return b.select(b.fcmp_ordered("<", v, bounds[1]), v, bounds[1])
+                v = b.select(b.fcmp_ordered(">", v, low), v, low)
+            if small and _bytes.SATURATING:
+                return v
+            return b.select(b.fcmp_ordered("<", v, high), v, high)
 
         def vectors(row):
             """Where each vector to be stored begins, and the vector."""
@@ -394,7 +406,7 @@ def _store_scaled(name: str, x: Any, scale: Any, Y: Any, part: Any, spread: bool
             found, j = [], 0
             while j < len(v):
                 count = next(n for n in (4, 2, 1) if j + n <= len(v))
-                y = _bytes.rounded(code, v[j : j + count] * (4 // count), least, zero)
+                y = _bytes.rounded(code, v[j : j + count] * (4 // count), bounds, zero)
                 if not spread:
                     order = [4 * k + i for i in range(count) for k in range(L // 4)]
                     y = _bytes.quarters(code, y, order)
@@ -421,8 +433,7 @@ def _store_scaled(name: str, x: Any, scale: Any, Y: Any, part: Any, spread: bool
             for i in range(len(x)):
                 row(i)
 
-    one = types.float32
-    kinds = (x, scale, one, one, types.int32, Y, OFFSET, OFFSET)
+    kinds = (x, scale, one, types.int32 if small else one, types.int32, Y, OFFSET, OFFSET)
     return primitive(types.void, (*kinds, *bound_types(*part), OFFSET) if part else kinds, emit)
 
 
@@ -432,9 +443,10 @@ def store_scaled(typing, x, scale, low, high, zero, Y, iy, ld):
 
     x int32 (rounded to float32, to nearest even) or float32; scale float32; the product rounded
     once. NaN gives low. float32 Y takes that as it is, uint8 Y rounded, half to even, + zero:
-    low and high must be integers with 0 <= low + zero and high + zero <= 255.
+    low and high must be integers with 0 <= low + zero and high + zero <= 255. An int32 as high, for
+    tiles of int32 to bytes, promises that no x[i, j] scale[0, j] leaves int32, which saves time.
     """
-    return _store_scaled("store_scaled", x, scale, Y, ())
+    return _store_scaled("store_scaled", x, scale, high, Y, ())
 
 
 @tile_intrinsic
@@ -443,16 +455,16 @@ def store_scaled_part(typing, x, scale, low, high, zero, Y, iy, ld, lo, hi, cols
 
     Memory outside that part is not written.
     """
-    return _store_scaled("store_scaled_part", x, scale, Y, (lo, hi))
+    return _store_scaled("store_scaled_part", x, scale, high, Y, (lo, hi))
 
 
 @tile_intrinsic
 def store_interleaved(typing, x, scale, low, high, zero, Y, iy, ld):
     """As `store_scaled`, of four vectors a row which are INTERLEAVED, as are those of `scale`."""
-    return _store_scaled("store_interleaved", x, scale, Y, (), True)
+    return _store_scaled("store_interleaved", x, scale, high, Y, (), True)
 
 
 @tile_intrinsic
 def store_interleaved_part(typing, x, scale, low, high, zero, Y, iy, ld, lo, hi, cols):
     """As `store_scaled_part`, likewise."""
-    return _store_scaled("store_interleaved_part", x, scale, Y, (lo, hi), True)
+    return _store_scaled("store_interleaved_part", x, scale, high, Y, (lo, hi), True)
