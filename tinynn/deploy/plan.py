@@ -226,6 +226,9 @@ class _Schedule(NamedTuple):
 @contextmanager
 def _threads(wanted: int | None) -> Iterator[int]:
     """The number of threads to use, which kernels inside see."""
+    if wanted == 1 or max_threads() == 1:  # asking and setting take longer than a small layer
+        yield 1
+        return
     before = get_threads()
     if wanted is None or wanted == before:
         yield before
