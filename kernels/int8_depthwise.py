@@ -9,7 +9,7 @@ vector of bytes of neighbouring channels from each row makes four of int32, INTE
 it. Rows above or below the image are replaced by the nearest one inside, their weights by 0.
 
 The rest is `kernels.depthwise`: a tile is mr neighbouring pixels of a row; windows whose rows have
-3 or 5 weights without gaps have code of their own; columns outside the image are skipped.
+2, 3 or 5 weights without gaps have code of their own; columns outside the image are skipped.
 """
 
 # mypy: allow-untyped-defs
@@ -194,7 +194,7 @@ def _place(layer: Depthwise, height: int, width: int) -> Placed:
             mask = sum(255 << 8 * r for r in range(4) if inside[r])
             lines[oy, g] = nearest[0], *(y - nearest[0] for y in nearest[1:]), mask
     lines[..., 4] = lines[..., 4].astype(np.uint32).view(np.int32)  # as signed numbers
-    special = win.kernel[1] in (3, 5) and win.stride[1] <= 2 and win.dilation[1] == 1
+    special = win.kernel[1] in (2, 3, 5) and win.stride[1] <= 2 and win.dilation[1] == 1
     kw, step = (win.kernel[1], win.stride[1]) if special and not narrow else (1, 1)
     mr = min(_HEIGHTS, key=lambda h: -(-output[1] // h) * h) if special else _HEIGHTS[0]
     single = groups == 1 and kw == win.kernel[1]

@@ -42,6 +42,15 @@ def _byte_vector(count: int) -> Any:
     return ir.VectorType(I8, count)
 
 
+def _mask(code: Any, cols: Any, count: int) -> Any:
+    """As `Code.mask`, in fewer instructions for many lanes: at most 64."""
+    b = code.builder
+    for sign, bound in (("<", 0), (">", count)):
+        cols = b.select(b.icmp_signed(sign, cols, I64(bound)), I64(bound), cols)
+    steps = ir.Constant(_byte_vector(count), list(range(count)))
+    return b.icmp_signed("<", steps, code.splat(b.trunc(cols, I8), count))
+
+
 def _masked_bytes(code: Any, pointer: Any, mask: Any, store: Any = None) -> Any:
     """As `Code.masked`, of bytes."""
     kind = _byte_vector(mask.type.count)
@@ -92,7 +101,7 @@ def load_bytes_part(typing, mr, nr, X, ix, ld, cols):
     L, extend = tile.lanes, "sext" if X.dtype.signed else "zext"
 
     def emit(code, mr, nr, X, ix, ld, cols):
-        masks = code.masks(cols, tile.nr, L)
+        masks = [_mask(code, code.builder.sub(cols, I64(j * L)), L) for j in range(tile.nr)]
 
         def vector(i, j):
             bytes_ = _masked_bytes(code, code.at(X, ix, i, ld, j * L), masks[j])
@@ -119,7 +128,7 @@ def bytes_at(typing, X, ix, cols):
 
     def emit(code, X, ix, cols):
         if part:
-            x = _masked_bytes(code, code.at(X, ix), code.mask(cols, 4 * LANES))
+            x = _masked_bytes(code, code.at(X, ix), _mask(code, cols, 4 * LANES))
         else:
             x = code.load(code.at(X, ix), _byte_vector(4 * LANES))
         return [[code.builder.bitcast(x, tile.vector)]]
@@ -151,7 +160,7 @@ def store_bytes(typing, x, Y, iy, cols):
         kind, pointer = _byte_vector(4 * x[0][0].type.count), code.at(Y, iy)
         y = code.builder.bitcast(x[0][0], kind)
         if part:
-            _masked_bytes(code, pointer, code.mask(cols, kind.count), y)
+            _masked_bytes(code, pointer, _mask(code, cols, kind.count), y)
         else:
             code.builder.store(y, code.builder.bitcast(pointer, kind.as_pointer()), align=1)
 
@@ -333,7 +342,7 @@ def slide_bytes(typing, acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, cols)
 
     def emit(code, acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, cols):
         starts = [ix, *(code.builder.add(ix, o) for o in (o1, o2, o3)[: R - 1])]
-        mask = code.mask(cols, kind.count) if part else None
+        mask = _mask(code, cols, kind.count) if part else None
 
         def load(start, c):
             pointer = code.at(X, start, c, ld)
@@ -420,7 +429,7 @@ def _store_scaled(
                 if not limits:
                     code.store(y, pointer)
                     continue
-                mask = code.mask(b.sub(limits[2], I64(start)), y.type.count)
+                mask = _mask(code, b.sub(limits[2], I64(start)), y.type.count)
                 if to_bytes:
                     _masked_bytes(code, pointer, mask, y)
                 else:

@@ -24,6 +24,7 @@ from tinynn.op import Array, Shape
 
 Grid = tuple[float, int, int]  #: scale, zero point, largest byte
 UNIT: Grid = (1.0, 0, 255)
+_FEW = 4  # pixels of a side of a window
 
 
 def _quads(nbytes: int) -> int:
@@ -281,7 +282,8 @@ class MaxBytes(Windowed):
 class IntMean(Windowed, _Integer):
     """The mean under each window of x (H, W, C); padding does not count.
 
-    A sum of T pixels is multiplied by float32(float32(x's scale / y's) / T).
+    A sum of T pixels is multiplied by float32(float32(x's scale / y's) / T). Small windows that
+    all have as many are those of a depthwise convolution.
     """
 
     kernel: Pair = (2, 2)
@@ -305,8 +307,18 @@ class IntMean(Windowed, _Integer):
             counts = np.maximum(np.arange(math.prod(self.kernel) + 1), 1)
             return (how.multiplier.astype(np.float64) / counts).astype(np.float32)
 
-        shares = at.packed.get("table", table)
         x, y = at.inputs[0], at.output
+        if max(map(max, self.padding)) == 0 and max(self.kernel) <= _FEW:
+
+            def pack() -> Depthwise:
+                ones = np.ones((*self.kernel, x.shape[3], 1), np.int8)
+                every = how._replace(multiplier=table()[-1:])
+                return pack_depthwise2d(ones, None, self.x[1], every, win)
+
+            layer = at.packed.get("int8", pack)
+            prepack_int8.depthwise2d(at.program, layer, x, y, None)
+            return
+        shares = at.packed.get("table", table)
         prepack_int8.avg_pool2d(at.program, x, self.x[1], shares, how, win, y)
 
 
