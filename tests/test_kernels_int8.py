@@ -169,6 +169,19 @@ def test_large_linear(shape, monkeypatch):
     np.testing.assert_array_equal(got, expected)
 
 
+def test_results_beyond_int32_saturate():
+    """Multipliers so large that a result may not be rounded to int32 before it is cut."""
+    x = np.array([[0], [1], [2], [255]], np.uint8).repeat(8, 1)
+    w = np.full((8, 3), [[127, -127, 0]], np.int8)
+    how = int8.requantized(1, 1, 1e-7, 5, top=200)
+    layer = pack_linear(w, None, 1, how)
+    assert not isinstance(layer.scaling.high, int)
+    np.testing.assert_array_equal(linear(x, layer), [[0, 200, 5], [5, 5, 5], *[[200, 0, 5]] * 2])
+    sums = int8.addition(1e9, 1, 1e9, 1, 1, 5)
+    assert not isinstance(sums.high, int)
+    np.testing.assert_array_equal(int8.add(x[:, 0], x[:, 0], sums), [0, 5, 255, 255])
+
+
 def test_extreme_sums_are_exact():
     """The largest sums that int32 holds, where 16-bit steps or the fold of zero points overflow."""
     k = (2**31 - 1) // (255 * 128)
@@ -271,13 +284,16 @@ def test_depthwise2d(few_tiles, geometry, c, factor, x_zero, seed):
 
 
 @pytest.mark.parametrize(
-    ("width", "kernel", "stride", "x_zero"), [(41, 3, 1, 9), (22, 3, 1, 9), (44, 5, 2, 200)]
+    ("width", "c", "kernel", "stride", "x_zero"),
+    [(41, 72, 3, 1, 9), (22, 40, 3, 1, 9), (44, 40, 5, 2, 200)],
 )
-def test_depthwise2d_layers(width, kernel, stride, x_zero):
+def test_depthwise2d_layers(width, c, kernel, stride, x_zero):
     rng = np.random.default_rng(kernel)
     win = window(9, width, (kernel, kernel), (stride, stride), "same")
-    x, w = activations(rng, (2, 9, width, 40)), weights(rng, (kernel, kernel, 40, 1))
-    how = int8.requantized(0.01, rng.random(40) / 9, 0.7, 99, relu=True)
+    x, w = activations(rng, (2, 9, width, c)), weights(rng, (kernel, kernel, c, 1))
+    how = int8.requantized(0.01, rng.random(c) / 9, 0.7, 99, relu=True)
+    if width == 22:  # INTERLEAVED vectors to numbers in order
+        how = int8.dequantized(0.01, rng.random(c) / 9)
     got = depthwise2d(x, pack_depthwise2d(w, None, x_zero, how, win))
     same(got, exact_conv(x, as_dense(w), None, x_zero, how, win))
 
@@ -322,7 +338,7 @@ def layers(rng, c=5, n=19):
 
 
 @on_linux
-@pytest.mark.parametrize("c", [2, 3, 5, 13, 16, 31])
+@pytest.mark.parametrize("c", [2, 3, 5, 13, 31, 79])
 def test_nothing_beyond_the_operands_is_read_or_written(c):
     for call, x, shape, dtype in layers(np.random.default_rng(c), c):
         expected = call(x, None)
