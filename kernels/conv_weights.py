@@ -78,9 +78,8 @@ def _weight_tiles(mr: int, nr: int) -> Any:
                                 for oy in range(y_lo, y_hi):
                                     at = ((b * height + oy * sy - up) * width - left) * C + r
                                     ig = origin + p * step + (b * OH + oy) * OW * ld
-                                    for ox in range(x_lo, x_hi):
-                                        if f_lo <= ox < f_hi:
-                                            continue
+                                    for k in range(x_lo, x_hi - (f_hi - f_lo)):
+                                        ox = k if k < f_lo else k + (f_hi - f_lo)
                                         lo = (left - ox * sx) * C - r
                                         ix = at + ox * sx * C
                                         acc = simd.rank1_rows(
