@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 import tinynn as tn
 from experiments import pictures
@@ -311,6 +312,9 @@ def draw_curves(runs: list[Record]) -> Figure:
                     markersize=3,
                 )
         left.set(xlabel="epoch", ylabel="training loss", yscale="log")
+        left.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
+        left.yaxis.set_major_formatter("{x:g}")
+        left.yaxis.set_minor_formatter("{x:g}")
         right.set(xlabel="epoch", ylabel="test accuracy, %")
         left.legend()
         return figure
