@@ -8,7 +8,7 @@ or, `floating`, to the float32 that the sum is. ReLU comes first if `relu`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ import numpy as np
 
 from kernels import int8, prepack_int8
 from kernels.geometry import Pair, Window
-from kernels.int8_conv import Convolution, pack_conv2d
-from kernels.int8_depthwise import Depthwise, pack_depthwise2d
+from kernels.int8_conv import pack_conv2d
+from kernels.int8_depthwise import pack_depthwise2d
 from kernels.int8_product import Linear, pack_linear
 from tinynn.deploy.steps import BYTE, FLOAT, Arrays, Sides, Site, Step, Windowed
 from tinynn.op import Array, Shape
@@ -113,8 +113,8 @@ class IntLinear(_Weighted):
 
 
 @dataclass(frozen=True)
-class IntConv(Windowed, _Weighted):
-    """The convolution of x (H, W, C) with weight (KH, KW, C, N), bias (N,)."""
+class _Slid(Windowed, _Weighted):
+    """Weights (KH, KW, C, ...) that slide over x (H, W, C)."""
 
     stride: Pair = (1, 1)
     padding: Sides = ((0, 0), (0, 0))
@@ -124,20 +124,37 @@ class IntConv(Windowed, _Weighted):
     floating: bool = False
     relu: bool = False
 
+    def _made(self, weight: Shape) -> int:
+        """The channels of the result."""
+        raise NotImplementedError
+
     def result(self, inputs: Sequence[Shape], arrays: Arrays) -> Shape:
         w = arrays["weight"]
         if w.ndim != 4 or not w.size:
-            self.refuse("weight (KH, KW, C, N)", inputs, arrays)
-        size = self._slid(self._win(inputs, arrays), inputs, arrays)
-        self._check(inputs[0][2] == w.shape[2], w.shape[3], inputs, arrays)
-        return (*size, w.shape[3])
-
-    def _win(self, inputs: Sequence[Shape], arrays: Arrays) -> Window:
-        w = arrays["weight"]
-        return self._window((w.shape[0], w.shape[1]), inputs, arrays)
+            self.refuse("weight (KH, KW, C, ...)", inputs, arrays)
+        win = self._window((w.shape[0], w.shape[1]), inputs, arrays)
+        size, channels = self._slid(win, inputs, arrays), self._made(w.shape)
+        self._check(inputs[0][2] == w.shape[2], channels, inputs, arrays)
+        return (*size, channels)
 
     def macs(self, inputs: Sequence[Shape], arrays: Arrays, output: Shape) -> int:
         return arrays["weight"].size * output[0] * output[1]
+
+    def _packed(self, at: Site, pack: Callable[..., Any]) -> Any:
+        def make() -> Any:
+            a, w = at.arrays, at.arrays["weight"]
+            win = Window(w.shape[:2], self.stride, self.padding, self.dilation)
+            return pack(w, a.get("bias"), self.x[1], self._scaling(a["scale"]), win)
+
+        return at.packed.get("int8", make)
+
+
+@dataclass(frozen=True)
+class IntConv(_Slid):
+    """The convolution of x (H, W, C) with weight (KH, KW, C, N), bias (N,)."""
+
+    def _made(self, weight: Shape) -> int:
+        return weight[3]
 
     def scratch(self, inputs: Sequence[Shape], output: Shape) -> int:
         height, width, channels = inputs[0]
@@ -148,40 +165,18 @@ class IntConv(Windowed, _Weighted):
         return max(_quads(math.prod(sides) * channels) + 1, height * width)
 
     def emit(self, at: Site) -> None:
-        def pack() -> Convolution:
-            a, w = at.arrays, at.arrays["weight"]
-            win = Window(w.shape[:2], self.stride, self.padding, self.dilation)
-            return pack_conv2d(w, a.get("bias"), self.x[1], self._scaling(a["scale"]), win)
-
-        layer, x = at.packed.get("int8", pack), at.inputs[0]
+        layer, x = self._packed(at, pack_conv2d), at.inputs[0]
         need = prepack_int8.conv2d_scratch(layer, *x.shape[:3])
         scratch = at.scratch if need else None
         prepack_int8.conv2d(at.program, layer, x, at.output, scratch)
 
 
 @dataclass(frozen=True)
-class IntDepthwise(Windowed, _Weighted):
+class IntDepthwise(_Slid):
     """Each channel of x (H, W, C) with its own kernels, weight (KH, KW, C, R), bias (C R,)."""
 
-    stride: Pair = (1, 1)
-    padding: Sides = ((0, 0), (0, 0))
-    dilation: Pair = (1, 1)
-    x: Grid = UNIT
-    y: Grid = UNIT
-    floating: bool = False
-    relu: bool = False
-
-    def result(self, inputs: Sequence[Shape], arrays: Arrays) -> Shape:
-        w = arrays["weight"]
-        if w.ndim != 4 or not w.size:
-            self.refuse("weight (KH, KW, C, R)", inputs, arrays)
-        win = self._window((w.shape[0], w.shape[1]), inputs, arrays)
-        size, channels = self._slid(win, inputs, arrays), w.shape[2] * w.shape[3]
-        self._check(inputs[0][2] == w.shape[2], channels, inputs, arrays)
-        return (*size, channels)
-
-    def macs(self, inputs: Sequence[Shape], arrays: Arrays, output: Shape) -> int:
-        return arrays["weight"].size * output[0] * output[1]
+    def _made(self, weight: Shape) -> int:
+        return weight[2] * weight[3]
 
     def scratch(self, inputs: Sequence[Shape], output: Shape) -> int:
         height, width, channels = inputs[0]
@@ -189,12 +184,7 @@ class IntDepthwise(Windowed, _Weighted):
         return _quads(height * width * output[2]) if several else 0
 
     def emit(self, at: Site) -> None:
-        def pack() -> Depthwise:
-            a, w = at.arrays, at.arrays["weight"]
-            win = Window(w.shape[:2], self.stride, self.padding, self.dilation)
-            return pack_depthwise2d(w, a.get("bias"), self.x[1], self._scaling(a["scale"]), win)
-
-        layer = at.packed.get("int8", pack)
+        layer = self._packed(at, pack_depthwise2d)
         prepack_int8.depthwise2d(at.program, layer, at.inputs[0], at.output, at.scratch)
 
 
@@ -214,7 +204,7 @@ class IntScaleShift(_Weighted):
         return x
 
     def emit(self, at: Site) -> None:
-        def pack() -> Depthwise:
+        def pack() -> Any:
             a, one = at.arrays, Window((1, 1))
             w, how = a["weight"].reshape(1, 1, -1, 1), self._scaling(a["scale"])
             return pack_depthwise2d(w, a.get("bias"), self.x[1], how, one)
@@ -310,7 +300,7 @@ class IntMean(Windowed, _Integer):
         x, y = at.inputs[0], at.output
         if max(map(max, self.padding)) == 0 and max(self.kernel) <= _FEW:
 
-            def pack() -> Depthwise:
+            def pack() -> Any:
                 ones = np.ones((*self.kernel, x.shape[3], 1), np.int8)
                 every = how._replace(multiplier=table()[-1:])
                 return pack_depthwise2d(ones, None, self.x[1], every, win)
