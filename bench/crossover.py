@@ -216,8 +216,14 @@ def plot(found: Sequence[Crossover], path: Path) -> None:
         axes.set_ylabel("dense time / sparse time", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.grid(linewidth=0.3)
-    handles, labels = picture.axes[0].get_legend_handles_labels()
-    picture.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=4)
+    drawn = {  # not every panel has every shape
+        label: handle
+        for axes in picture.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    picture.legend(
+        list(drawn.values()), list(drawn), fontsize=7, loc="outside lower center", ncols=4
+    )
     save(picture, path)
 
 
