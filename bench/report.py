@@ -22,7 +22,7 @@ _NOTES = (
 )
 
 #: More cases than this are a thicket: the ratios' bars are left out, the roofline's points unnamed.
-_BARS, _NAMES = 60, 20
+_BARS, _NAMES = 60, 8
 
 
 def case_lines(race: Race, work: Work, records: Sequence[Record]) -> list[str]:
@@ -85,17 +85,24 @@ def plot_summary(summary: Sequence[Record], path: Path) -> None:
     families = list(dict.fromkeys((s["family"], s["threads"]) for s in summary))
     peers = list(dict.fromkeys(s["peer"] for s in summary))
     peers.sort(key=lambda peer: peer == BEST_PEER)
-    figure = new_figure(9, 1.2 + 0.5 * len(families) * max(1, len(peers) / 3))
+    place, ticks = -1.0, []
+    places: dict[tuple[str, int, str], float] = {}
+    for family, threads in families:  # the rows of a family, then a gap
+        mine = {s["peer"] for s in summary if (s["family"], s["threads"]) == (family, threads)}
+        rows = [place + 1 + i for i in range(len(mine))]
+        places |= zip(((family, threads, p) for p in peers if p in mine), rows, strict=True)
+        ticks.append((rows[0] + rows[-1]) / 2)
+        place = rows[-1] + 1
+    figure = new_figure(9, 1.2 + 0.16 * (place + 1))
     axes = figure.add_subplot()
-    height = 0.8 / max(len(peers), 1)
-    for i, peer in enumerate(peers):
-        mine = [s for s in summary if s["peer"] == peer]
-        places = [families.index((s["family"], s["threads"])) + i * height for s in mine]
-        spans = [s["geomean"] - s["worst"] for s in mine]
-        bars = axes.barh(places, spans, height, [s["worst"] for s in mine], label=peer)
-        shown = axes.plot([s["geomean"] for s in mine], places, "o", markersize=4)[0]
-        shown.set_color(bars.patches[0].get_facecolor() if mine else "black")
-        axes.bar_label(bars, [f"{s['geomean']:.2f}" for s in mine], padding=3, fontsize=6)
+    for peer in peers:
+        found = [s for s in summary if s["peer"] == peer]
+        rows = [places[s["family"], s["threads"], peer] for s in found]
+        spans = [s["geomean"] - s["worst"] for s in found]
+        bars = axes.barh(rows, spans, 0.9, [s["worst"] for s in found], label=peer)
+        shown = axes.plot([s["geomean"] for s in found], rows, "o", markersize=4)[0]
+        shown.set_color(bars.patches[0].get_facecolor() if found else "black")
+        axes.bar_label(bars, [f"{s['geomean']:.2f}" for s in found], padding=3, fontsize=6)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xscale("log")
     ends = [s[end] for s in summary for end in ("worst", "geomean")]
@@ -104,10 +111,11 @@ def plot_summary(summary: Sequence[Record], path: Path) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     names = [f"{family} {threads}T" for family, threads in families]
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(families))], names, size=7)
+    axes.set_yticks(ticks, names, size=7)
     axes.invert_yaxis()
+    axes.margins(y=0.01)
     axes.set_xlabel("peer's time / ours: from the worst case to the geometric mean")
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside upper center", ncols=max(1, len(peers)))
     save(figure, path)
 
 
@@ -143,7 +151,8 @@ def plot_roofline(
 ) -> None:
     """Each case's FLOP/s over its FLOPs per byte, under the measured roofs. Raises OutputError."""
     ours = {record["case"]: record for record in records if work[record["case"]].bytes}
-    figure = new_figure(4.5 * len(limits), 4)
+    families = list(dict.fromkeys(record["family"] for record in ours.values()))
+    figure = new_figure(4.5 * len(limits), 4.6)
     for number, entry in enumerate(limits, 1):
         axes = figure.add_subplot(1, len(limits), number)
         mine = [r for r in ours.values() if r["threads"] == entry.threads]
@@ -153,7 +162,7 @@ def plot_roofline(
             ridge = entry.flops / rate
             heights = [span[0] * rate / 1e9, entry.flops / 1e9, entry.flops / 1e9]
             axes.plot([span[0], ridge, max(span[1], ridge)], heights, linewidth=1, label=name)
-        _points(axes, mine, intensities)
+        _points(axes, mine, intensities, families)
         for record, intensity in zip(mine, intensities, strict=True):
             if len(mine) > _NAMES:
                 break
@@ -170,20 +179,32 @@ def plot_roofline(
         axes.set_xlabel("FLOPs per byte moved once")
         axes.set_ylabel("GFLOP/s")
         axes.set_title(f"{entry.threads} thread{'s' * (entry.threads > 1)}", fontsize=9)
-        axes.legend(fontsize=5, title="read bandwidth; families", title_fontsize=6)
+    drawn = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    title = "lines: read bandwidth; points: families of cases"
+    figure.legend(
+        list(drawn.values()), list(drawn), fontsize=6, loc="outside lower center", ncols=6,
+        title=title, title_fontsize=6,
+    )  # fmt: skip
     save(figure, path)
 
 
-def _points(axes: Any, records: Sequence[Record], intensities: Sequence[float]) -> None:
-    """A point for each case, a colour for each family."""
-    for i, family in enumerate(dict.fromkeys(record["family"] for record in records)):
+def _points(
+    axes: Any, records: Sequence[Record], intensities: Sequence[float], families: Sequence[str]
+) -> None:
+    """A point for each case, a colour for each family, the same in all panels."""
+    for i, family in enumerate(families):
         mine = [
             (x, r["gflops"])
             for r, x in zip(records, intensities, strict=True)
             if r["family"] == family
         ]
-        marker = "osD^v<>P"[i // 10 % 8]
-        axes.plot(*zip(*mine, strict=True), marker, color=f"C{i % 10}", markersize=4, label=family)
+        if mine:
+            style = {"marker": "osD^v<>P"[i // 10 % 8], "color": f"C{i % 10}", "label": family}
+            axes.plot(*zip(*mine, strict=True), linestyle="", markersize=4, **style)
 
 
 def _short(case: str) -> str:
