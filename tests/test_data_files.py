@@ -166,6 +166,7 @@ def test_a_label_that_is_no_digit_and_labels_too_few(tmp_path):
             data.mnist(tmp_path)
 
 
+@OTHER_DATA
 def test_images_for_testing_are_as_large_as_those_for_training(tmp_path):
     contents, _ = mnist_files()
     contents["t10k-images-idx3-ubyte"] = idx(np.zeros((3, 20, 28), np.uint8))
