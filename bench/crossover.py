@@ -18,7 +18,7 @@ from typing import Any
 from bench.case import Case
 from bench.libraries import DENSE, OURS
 from bench.records import Record, geometric_mean
-from bench.report import new_figure, save
+from bench.report import new_figure, save, shared_legend
 
 SPARSE = ("sparse", "sparse4x1")
 BEST_DENSE = "best dense peer"  #: in each case, of the peers in the family `dense`
@@ -216,14 +216,7 @@ def plot(found: Sequence[Crossover], path: Path) -> None:
         axes.set_ylabel("dense time / sparse time", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.grid(linewidth=0.3)
-    drawn = {  # not every panel has every shape
-        label: handle
-        for axes in picture.axes
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    picture.legend(
-        list(drawn.values()), list(drawn), fontsize=7, loc="outside lower center", ncols=4
-    )
+    shared_legend(picture, 4)
     save(picture, path)
 
 

@@ -179,16 +179,7 @@ def plot_roofline(
         axes.set_xlabel("FLOPs per byte moved once")
         axes.set_ylabel("GFLOP/s")
         axes.set_title(f"{entry.threads} thread{'s' * (entry.threads > 1)}", fontsize=9)
-    drawn = {
-        label: handle
-        for axes in figure.axes
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    title = "lines: read bandwidth; points: families of cases"
-    figure.legend(
-        list(drawn.values()), list(drawn), fontsize=6, loc="outside lower center", ncols=6,
-        title=title, title_fontsize=6,
-    )  # fmt: skip
+    shared_legend(figure, 6, "lines: read bandwidth; points: families of cases")
     save(figure, path)
 
 
@@ -219,6 +210,19 @@ def new_figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, min(height, 40)), layout="constrained")
+
+
+def shared_legend(figure: Any, columns: int, title: str | None = None) -> None:
+    """One legend below all panels, of which not each has every line."""
+    drawn = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        list(drawn.values()), list(drawn), fontsize=6, loc="outside lower center", ncols=columns,
+        title=title, title_fontsize=6,
+    )  # fmt: skip
 
 
 def save(figure: Any, path: Path) -> None:

@@ -58,3 +58,6 @@ FURTHER = {
         "softmax_cross_entropy",
     ),
 }
+
+#: All of them.
+KNOWN = PUBLISHED | FURTHER

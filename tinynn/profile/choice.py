@@ -8,17 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from tinynn.errors import ConfigError
-from tinynn.models import FURTHER, PUBLISHED
+from tinynn.models import KNOWN
 from tinynn.nn import Module, load
 from tinynn.op import Shape
-
-_MODELS = PUBLISHED | FURTHER
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The arguments that name a model and a batch for it."""
     parser.add_argument(
-        "model", metavar="MODEL", help=f"{', '.join(_MODELS)}, or a file that tn.save wrote"
+        "model", metavar="MODEL", help=f"{', '.join(KNOWN)}, or a file that tn.save wrote"
     )
     parser.add_argument(
         "--batch", type=int, metavar="N", help="inputs a batch (default: as trained; 1)"
@@ -32,8 +30,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def chosen(options: argparse.Namespace) -> tuple[Module, Shape]:
     """The model, and the shape of the batch to run it on. Raises ConfigError."""
     command = options.command
-    if options.model in _MODELS:
-        published = _MODELS[options.model]
+    if options.model in KNOWN:
+        published = KNOWN[options.model]
         model = published.build(np.random.default_rng(0))
         n, *shape = published.batch
     elif options.model.endswith(".safetensors"):
@@ -45,7 +43,7 @@ def chosen(options: argparse.Namespace) -> tuple[Module, Shape]:
             raise ConfigError(f"{command}: a file does not say what its model takes: give --input")
     else:
         raise ConfigError(
-            f"{command}: no model {options.model}; there are {', '.join(_MODELS)}, and files "
+            f"{command}: no model {options.model}; there are {', '.join(KNOWN)}, and files "
             "that end in .safetensors"
         )
     if options.input is not None:
