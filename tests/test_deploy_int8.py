@@ -329,14 +329,6 @@ def test_files_hold_the_integers(few_tiles: None, tmp_path: Path) -> None:
     assert sum(r.macs for r in profile.layers) == 3 * plan.macs > 0
 
 
-def test_ranges_found_at_run_time_are_refused() -> None:
-    rng = np.random.default_rng(0)
-    model = nn.Sequential(nn.Linear(4, 3, rng=rng))
-    x = images(rng, 4, 4)
-    with pytest.raises(CompileError, match=r"FakeQuantize.* stored grid"):
-        tn.compile(quantize.dynamic(model, x), x)
-
-
 def test_biases_beyond_int32_are_refused() -> None:
     rng = np.random.default_rng(0)
     model: Any = quantised(nn.Sequential(nn.Linear(4, 3, rng=rng)), (4,))

@@ -123,9 +123,10 @@ def float16(model: Module) -> Module:
 def dynamic(model: Module, example: npt.ArrayLike, scheme: Scheme | None = None) -> Module:
     """A new model with integer weights whose layers find the range of their input at run time.
 
-    Each layer rounds its input to uint8 between the batch's smallest and largest number (ONNX's
-    DynamicQuantizeLinear); results are floating. Batch norms are folded first; `example` is a batch
-    to trace the graph on. A scale and shift stays floating.
+    Each layer rounds its input to uint8, every image of a batch by itself, between its smallest and
+    largest number; results are floating. (ONNX's DynamicQuantizeLinear has one range for a batch,
+    so that an image's result would depend on the others.) Batch norms are folded first; `example`
+    is a batch to trace the graph on. A scale and shift stays floating.
     """
     scheme = scheme or Scheme()
     out = fold_batchnorm(_plain(model), example)

@@ -33,7 +33,10 @@ def compile(
     Batch normalisation, biases, ReLU and residual additions go into the layers before them where
     that is exact; what only training does, and weights whose results nothing reads, are left out.
     A model of fixed ranges (`quantize.int8`, `quantize.low_bit`) runs on integer kernels and gives
-    the bits that `compress.integers` says: see `tinynn.deploy.quantized`.
+    the bits that `compress.integers` says: see `tinynn.deploy.quantized`. One whose ranges are
+    found at run time (`quantize.dynamic`) sums integers, too, and equals the model but for the
+    rounding of its floating sums, which can take a number to the next step of a later grid; an
+    image that is not finite gives NaN.
 
     `threads`: as many as `set_threads` allows at each call, unless given. `choose`: "measure", the
     name of a kernel ("dense", "sparse", "sparse4x1", "codebook", "float16"), or one for some paths:

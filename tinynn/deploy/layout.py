@@ -53,9 +53,8 @@ class Network:
             return False
         large = [a for a, n in zip(self.layers, self.macs, strict=True) if n >= _LARGE]
         few = images == 1 and threads <= _FEW_THREADS
-        return BYTE in self.dtypes or (
-            few and all(share.can_share(a, self.inputs(a)) for a in large)
-        )
+        tasks = BYTE in self.dtypes or any(a.step.in_tasks for a in self.layers)
+        return tasks or (few and all(share.can_share(a, self.inputs(a)) for a in large))
 
     def inputs(self, layer: Layer) -> list[Shape]:
         """The shapes of a layer's operands."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kernels.geometry import window
+from tinynn.deploy.dynamic import DynamicRound
 from tinynn.deploy.quantized import IntegerLowering, refused
 from tinynn.deploy.steps import (
     Activation,
@@ -87,7 +88,17 @@ class _Lowering(IntegerLowering):
         if out.index not in self.number:
             raise CompileError("compile: the model's result does not depend on its input")
         self.sketch.output = self.in_floats(out, None)
+        self._drop_unread()
         return self.sketch
+
+    def _drop_unread(self) -> None:
+        """Leave out what was rounded for layers that round by themselves."""
+        read = {self.sketch.output}.union(*(a.inputs for a in self.sketch.layers))
+        self.sketch.layers = [
+            a
+            for a in self.sketch.layers
+            if a.output in read or not isinstance(a.step, DynamicRound)
+        ]
 
     def weights(self, node: Node, first: int) -> list[Array]:
         """The operands from `first` on, which must not depend on the input: float32 copies."""

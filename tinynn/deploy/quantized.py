@@ -4,6 +4,9 @@ A value that `fake_quantize` rounds to a stored grid is held in bytes. Whatever 
 an integer kernel runs on them, if its weights are on a grid, too: the rounding that follows it is
 done in its store, after a ReLU between the two. Where other ops read the result, it is float32.
 Ops that only move numbers move bytes. All else gets the numbers that the bytes stand for.
+
+Where ranges are found at run time (`quantize.dynamic`), values are float32: a layer with integer
+weights rounds what it reads by itself, and others get the rounded numbers.
 """
 
 from __future__ import annotations
@@ -16,6 +19,12 @@ import numpy as np
 
 from kernels.geometry import window
 from tinynn.compress import integers
+from tinynn.deploy.dynamic import (
+    DynamicConv,
+    DynamicDepthwise,
+    DynamicLinear,
+    DynamicRound,
+)
 from tinynn.deploy.integer import (
     UNIT,
     ByteReLU,
@@ -69,13 +78,13 @@ class Quantization:
     def grid(self, node: Node) -> Grid:
         """The grid to which a `fake_quantize` of an activation rounds.
 
-        Raises CompileError for grids that are found at run time, one for each channel, or of more
-        than 256 numbers.
+        Raises CompileError for grids that are computed, one for each channel, or of more than 256
+        numbers.
         """
         arrays = [self.graph.arrays.get(v.index) for v in node.inputs[1:]]
         stored = all(v.is_named for v in node.inputs[1:])
         if not stored or any(a is None or a.size != 1 for a in arrays):
-            raise refused(node, "one stored grid for an activation, not found at run time")
+            raise refused(node, "one stored grid for an activation")
         scale, low, high = (float(np.asarray(a).item()) for a in arrays)
         if not (low <= 0 <= high and high - low <= 255 and low >= -255):
             raise refused(node, f"a grid of at most 256 numbers around 0; came {low} ... {high}")
@@ -89,7 +98,7 @@ class Quantization:
             value, relu = readers[0].output, True
             values.append(value)
             readers = self._readers[value.index]
-        rounding = [n for n in readers if n.op.name == "fake_quantize"]
+        rounding = [n for n in readers if n.op.name == "fake_quantize" and not _any(n.op).dynamic]
         grids = {self.grid(n) for n in rounding}
         whole = len(rounding) == len(readers) and value.index != output
         if whole and len(grids) == 1:
@@ -102,8 +111,11 @@ class Quantization:
         alone = len(readers) == 1 and value.index != self.graph.output.index
         return readers[0] if alone else None
 
-    def integers(self, node: Node, x_scale: float, outputs: int) -> dict[str, Array] | None:
-        """The integer weights, scales and biases of an op; None if its weights are on no grid."""
+    def integers(self, node: Node, x_scale: float | None, outputs: int) -> dict[str, Array] | None:
+        """The integer weights, scales and biases of an op; None if its weights are on no grid.
+
+        Without a scale of its input, biases are as they are.
+        """
         rounding = self.weights.get(node.inputs[1].index)
         if rounding is None:
             return None
@@ -119,6 +131,9 @@ class Quantization:
             bias = self.graph.arrays.get(node.inputs[2].index)
             if bias is None:
                 return None
+            if x_scale is None:
+                found["bias"] = np.array(bias, np.float32)
+                return found
             try:
                 what = node.path or node.op.name
                 found["bias"] = integers.bias_steps(bias, x_scale, scales, what)
@@ -145,6 +160,7 @@ class IntegerLowering:
         self.quantization = Quantization(graph)
         self.skipped: set[int] = set()  # values that are never made
         self._numbers: dict[int, int] = {}  # of values in float32 that are also there in bytes
+        self._dynamic: dict[int, tuple[int, int]] = {}  # by value: what was rounded, and the bits
 
     def integer(self, node: Node) -> bool:
         """Whether the node was lowered to a step that reads or makes bytes."""
@@ -196,6 +212,12 @@ class IntegerLowering:
     def quantize(self, node: Node) -> bool:
         if not node.inputs[0].is_data:
             return False
+        bits = _any(node.op).dynamic
+        if bits:  # a step that nobody reads is dropped
+            sources = self.data(node, 0)
+            self._dynamic[node.output.index] = sources[0], bits
+            self.number[node.output.index] = self.append(node, DynamicRound(bits), sources)
+            return True
         grid, source = self.quantization.grid(node), self._grid(node)
         if source == grid:
             (number,) = self._bytes(node, 0)
@@ -205,7 +227,11 @@ class IntegerLowering:
 
     def weighted(self, node: Node) -> bool:
         x, op = self._grid(node), node.op
-        if x is None or len(node.inputs) < 2 or node.inputs[1].index not in self.known:
+        if len(node.inputs) < 2 or node.inputs[1].index not in self.known:
+            return False
+        if node.inputs[0].index in self._dynamic:
+            return self._dynamic_weighted(node)
+        if x is None:
             return False
         arrays = self.quantization.integers(node, x[0], node.output.shape[-1])
         if arrays is None:
@@ -214,16 +240,28 @@ class IntegerLowering:
         step = self._weighted_step(node, arrays, {"x": x, **target.fields})
         return self._made(target, self.append(node, step, self._bytes(node, 0), **arrays))
 
+    def _dynamic_weighted(self, node: Node) -> bool:
+        arrays = self.quantization.integers(node, None, node.output.shape[-1])
+        if arrays is None or node.op.name == "scale_shift":
+            return False
+        op, (source, bits) = _any(node.op), self._dynamic[node.inputs[0].index]
+        fields: dict[str, Any] = {"bits": bits, "relu": bool(getattr(op, "relu", False))}
+        if op.name in ("linear", "matmul"):
+            step: Step = DynamicLinear(**fields)
+        else:
+            kind = DynamicConv if op.name == "conv2d" else DynamicDepthwise
+            step = kind(*_geometry(node, arrays["weight"]), **fields)
+        self.number[node.output.index] = self.append(node, step, [source], **arrays)
+        return True
+
     def _weighted_step(self, node: Node, arrays: dict[str, Array], fields: dict[str, Any]) -> Step:
         op: Any = node.op
         if op.name in ("linear", "matmul"):
             return IntLinear(**fields)
         if op.name == "scale_shift":
             return IntScaleShift(**fields)
-        shape, kernel = node.inputs[0].shape, arrays["weight"].shape[:2]
-        win = window(shape[1], shape[2], kernel, op.stride, op.padding, op.dilation)
         kind = IntConv if op.name == "conv2d" else IntDepthwise
-        return kind(win.stride, win.padding, win.dilation, **fields)
+        return kind(*_geometry(node, arrays["weight"]), **fields)
 
     def add(self, node: Node) -> bool:
         a, b = self._grid(node, 0), self._grid(node, 1)
@@ -276,6 +314,13 @@ class IntegerLowering:
 
     def _moved(self, node: Node, grid: Grid, number: int) -> bool:
         return self._made(Target((node.output,), (), False, grid), number)
+
+
+def _geometry(node: Node, weight: Array) -> tuple[Any, Any, Any]:
+    """Stride, padding and dilation of a convolution."""
+    op, shape = _any(node.op), node.inputs[0].shape
+    win = window(shape[1], shape[2], weight.shape[:2], op.stride, op.padding, op.dilation)
+    return win.stride, win.padding, win.dilation
 
 
 def _any(op: Any) -> Any:

@@ -57,6 +57,8 @@ class Step:
     dtypes: ClassVar[Mapping[str, Any]] = {}
     #: whether the result may lie where the first operand lies
     in_place: ClassVar[bool] = False
+    #: whether its kernels are cut in tasks that threads can share
+    in_tasks: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

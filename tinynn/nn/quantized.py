@@ -147,7 +147,11 @@ class ActivationQuantizer(Quantizer):
 
 
 class DynamicQuantizer(Module):
-    """One grid for a whole activation, found anew from every batch's range: nothing is stored."""
+    """A grid for each image of a batch, found from the image's own range: nothing is stored.
+
+    An image is what lies behind one index of the first axis, a row of (B, C). So a result does not
+    depend on what else is in the batch.
+    """
 
     def __init__(self, bits: int = 8) -> None:
         self.bits = int(bits)
@@ -159,8 +163,8 @@ class DynamicQuantizer(Module):
             raise ConfigError(f"DynamicQuantizer: required 2 ... 8 bits; came {self.bits!r}")
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = affine(float(x._data.min()), float(x._data.max()), self.bits, x.dtype)
-        return ops.fake_quantize(x, *(Tensor(a, copy=False) for a in grid))
+        grid = affine_each(x._data, self.bits)
+        return ops.fake_quantize(x, *(Tensor(a, copy=False) for a in grid), dynamic=self.bits)
 
 
 class HalfQuantizer(Module):
@@ -243,6 +247,19 @@ def affine(
     else:
         low = max(-float(steps), float(np.rint(least / float(scale[0]))))
     return scale, np.asarray([low], dtype), np.asarray([low + steps], dtype)
+
+
+def affine_each(x: Array, bits: int) -> tuple[Array, Array, Array]:
+    """`affine` of each image of x (B, ...): scale, low and high, each (B, 1, ...)."""
+    axes, steps = tuple(range(1, x.ndim)), 2**bits - 1
+    least = x.min(axis=axes, keepdims=True, initial=0).astype(np.float64)
+    most = x.max(axis=axes, keepdims=True, initial=0).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        scale = ((most - least) / steps).astype(x.dtype)
+        known = (scale >= _SMALLEST) & np.isfinite(scale)
+    scale = np.where(known, scale, x.dtype.type(1))
+    low = np.where(known, np.maximum(np.rint(least / scale.astype(np.float64)), -steps), 0)
+    return scale, low.astype(x.dtype), (low + steps).astype(x.dtype)
 
 
 def bits_of(low: Array, high: Array) -> Array:

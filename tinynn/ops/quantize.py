@@ -40,9 +40,13 @@ class FakeQuantize(Op):
     255 - z, for symmetric int8 -127 and 127. The gradient of x is 1 inside the range and 0 outside;
     that of the scale is round(x / scale) - x / scale inside, low and high outside, times `gain`
     (Esser et al. 2020, "Learned step size quantization", section 2.1).
+
+    `dynamic` changes nothing here; where it is not 0, the grid was found from x itself, one of so
+    many bits for each image, and whoever reads a traced graph must find it anew.
     """
 
     gain: float = 1.0
+    dynamic: int = 0
 
     selective = True
     variants = {
@@ -113,10 +117,17 @@ class RoundToHalf(Op):
 
 
 def fake_quantize(
-    x: Operand, scale: Operand, low: Operand, high: Operand, *, gain: float = 1.0
+    x: Operand,
+    scale: Operand,
+    low: Operand,
+    high: Operand,
+    *,
+    gain: float = 1.0,
+    dynamic: int = 0,
 ) -> Tensor:
     """x rounded to scale times a whole number in low ... high: see `FakeQuantize`."""
-    return apply(FakeQuantize(gain), tensor(x), tensor(scale), tensor(low), tensor(high))
+    op = FakeQuantize(gain, dynamic)
+    return apply(op, tensor(x), tensor(scale), tensor(low), tensor(high))
 
 
 def round_to_half(x: Operand) -> Tensor:
