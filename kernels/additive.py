@@ -27,6 +27,7 @@ from numba import prange
 from kernels import conv, memory, pointwise
 from kernels._jit import Variants, prepared
 from kernels.geometry import Window
+from kernels.program import Program, Slot
 
 
 def _beside_loop(X, Y):
@@ -49,6 +50,12 @@ def beside(x: np.ndarray) -> np.ndarray:
     flat = x.reshape(-1, x.shape[-1])
     _beside_variants.choose(y.nbytes)(flat, y.reshape(len(flat), -1))
     return y
+
+
+def append_beside(program: Program, x: Slot, y: Slot) -> None:
+    """Append y (..., 2 C) = `beside` of x (..., C) to a program."""
+    rows = [s.reshape(-1, s.shape[-1]) for s in (x, y)]
+    program.add(_beside_variants, y.nbytes, *rows)
 
 
 def below(w: np.ndarray) -> np.ndarray:

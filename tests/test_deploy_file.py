@@ -49,6 +49,28 @@ def byte_plan() -> tn.Plan:
     return tn.compile(quantize.int8(model, [images(4)]), images(1))
 
 
+def dynamic_plan() -> tn.Plan:
+    """Ranges that are found at run time."""
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, rng=rng),
+        nn.DepthwiseConv2d(8, 3, rng=rng),
+        nn.GlobalAvgPool2d(),
+        nn.Linear(8, 4, rng=rng),
+    )
+    return tn.compile(quantize.dynamic(model, images(1)), images(1))
+
+
+def additive_plan() -> tn.Plan:
+    """The ef-operator."""
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(
+        nn.AdditiveConv2d(3, 8, 3, rng=rng), nn.MaxPool2d(6), nn.Flatten(),
+        nn.AdditiveLinear(32, 4, rng=rng),
+    )  # fmt: skip
+    return tn.compile(model, images(1))
+
+
 def images(batch: int) -> np.ndarray:
     return np.random.default_rng(1).normal(size=(batch, *SHAPE)).astype(np.float32)
 
@@ -135,7 +157,7 @@ HOSTILE = st.one_of(
     st.lists(st.integers(-1, 20), max_size=4),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
-PARTS = [parts(small_plan()), parts(byte_plan())]
+PARTS = [parts(make()) for make in (small_plan, byte_plan, dynamic_plan, additive_plan)]
 PLACES = [(which, way) for which, (_, plan) in enumerate(PARTS) for way in paths_in(plan)]
 DATA, PLAN = PARTS[0]
 

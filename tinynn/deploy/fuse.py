@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tinynn.deploy.additive import AdditiveConv, AdditiveLinear
 from tinynn.deploy.layout import aliases
 from tinynn.deploy.lower import Sketch
 from tinynn.deploy.steps import (
@@ -76,6 +77,9 @@ def _merged(a: Layer, b: Layer) -> Layer | None:
     if isinstance(a.step, _WEIGHTED):
         step = _with(a.step, relu=b.step.relu)
         return replace(a, step=step, output=b.output, arrays=_folded(a, scale, shift))
+    if isinstance(a.step, AdditiveLinear | AdditiveConv):
+        step = _with(a.step, relu=b.step.relu)
+        return replace(a, step=step, output=b.output, arrays=_rescaled(a, scale, shift))
     if isinstance(a.step, ScaleShift):
         arrays = {
             "scale": a.arrays["scale"] * scale,
@@ -98,6 +102,13 @@ def _folded(layer: Layer, scale: np.ndarray, shift: np.ndarray) -> Arrays:
     w, zero = layer.arrays["weight"], np.zeros(1, np.float32)
     factor = scale.reshape(w.shape[2:]) if isinstance(layer.step, Depthwise) else scale
     return {"weight": w * factor, "bias": layer.arrays.get("bias", zero) * scale + shift}
+
+
+def _rescaled(layer: Layer, scale: np.ndarray, shift: np.ndarray) -> Arrays:
+    """The same of a layer that keeps its scale apart from its weights."""
+    a = layer.arrays
+    own, bias = a.get("scale", np.ones_like(scale)), a.get("bias", np.zeros_like(scale))
+    return {"weight": a["weight"], "scale": own * scale, "bias": bias * scale + shift}
 
 
 def _with(step: Step, **changes: Any) -> Step:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kernels.geometry import window
+from tinynn.deploy.additive import AdditiveConv, AdditiveLinear
 from tinynn.deploy.dynamic import DynamicRound
 from tinynn.deploy.quantized import IntegerLowering, refused
 from tinynn.deploy.steps import (
@@ -138,6 +139,17 @@ class _Lowering(IntegerLowering):
         relu = bool(getattr(node.op, "relu", False))
         return self.append(node, Linear(relu), self.data(node, 0), **self.biased(node))
 
+    def additive(self, node: Node) -> int:
+        return self.append(node, AdditiveLinear(), self.data(node, 0), **self.biased(node))
+
+    def additive_conv2d(self, node: Node) -> int:
+        op: Any = node.op
+        shape, arrays = node.inputs[0].shape, self.biased(node)
+        kernel = arrays["weight"].shape[:2]
+        win = window(shape[1], shape[2], kernel, op.stride, op.padding, op.dilation)
+        step = AdditiveConv(win.stride, win.padding, win.dilation)
+        return self.append(node, step, self.data(node, 0), **arrays)
+
     def batch_norm_eval(self, node: Node) -> int:
         op: Any = node.op
         gamma, beta, mean, variance = (a.astype(np.float64) for a in self.weights(node, 1))
@@ -241,6 +253,8 @@ class _Lowering(IntegerLowering):
 
 _LOWER: dict[str, Callable[[_Lowering, Node], int]] = {
     "add": _Lowering.arithmetic,
+    "additive": _Lowering.additive,
+    "additive_conv2d": _Lowering.additive_conv2d,
     "avg_pool2d": _Lowering.pool,
     "batch_norm_eval": _Lowering.batch_norm_eval,
     "concat": _Lowering.concat,
