@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 import tinynn as tn
 from tinynn import nn, ops
+from tinynn.compress import blocks, importance, select
 from tinynn.errors import ConfigError, MissingPackageError, OutputError, UnsupportedError
 from tinynn.models import thesis
 from tinynn.nn.module import Module
+from tinynn.observe import observe
 from tinynn.op import Array
 
 onnx = pytest.importorskip("onnx")
@@ -174,8 +176,45 @@ def test_scattered_channels_run_in_onnxruntime(flat: bool, tmp_path: Path) -> No
     model = nn.Sequential(nn.Conv2d(2, 3, 3, rng=rng()), *tail, scatter, nn.Tanh()).eval()
     x = normal(2, 4, 5, 2)
     tn.onnx.export(model, x[:1], tmp_path / "model.onnx")
+    wanted = model(tn.Tensor(x)).data
+    got = session(tmp_path / "model.onnx").run(None, {"input": x})[0]
+    close(got, wanted)
+    again = tn.onnx.load(tmp_path / "model.onnx")
+    close(again(tn.Tensor(x)).data, wanted)
+    (found,) = (m for _, m in again.named_modules() if isinstance(m, nn.Scatter))
+    assert (found.places, found.width) == ((5, 0, 2), 6)
+    close(tn.compile(again, x)(x), wanted)
+
+
+def test_thinned_residual_branches_come_back(tmp_path: Path) -> None:
+    model = stir(nn.Sequential(*(nn.ResidualBlock(4, 4, rng=rng()) for _ in range(2))))
+    x = normal(3, 6, 5, 4)
+    thin = blocks.thin(model, observe(model, [x]), importance.l1, select.share(0.5))
+    assert any(isinstance(m, nn.Scatter) for _, m in thin.named_modules())
+    round_trip(thin, x, tmp_path / "model.onnx")
+    again = tn.onnx.load(tmp_path / "model.onnx")
+    assert any(isinstance(m, nn.Scatter) for _, m in again.named_modules())
+
+
+def test_the_ef_operator_runs_in_onnxruntime(tmp_path: Path) -> None:
+    layers = [
+        nn.AdditiveConv2d(3, 6, 3, stride=2, rng=rng()),
+        nn.ReLU(),
+        nn.AdditiveConv2d(6, 4, 2, dilation=2, rng=rng()),
+        nn.Flatten(),
+        nn.AdditiveLinear(48, 5, rng=rng()),
+    ]
+    model = stir(nn.Sequential(*layers))
+    x = normal(3, 7, 5, 3)
+    x[:, 2] = 0  # has no sign
+    weight: Any = layers[0].weight  # type: ignore[attr-defined]
+    weight.mutate()[..., 0] = 0
+    tn.onnx.export(model, x[:1], tmp_path / "model.onnx")
     got = session(tmp_path / "model.onnx").run(None, {"input": x})[0]
     close(got, model(tn.Tensor(x)).data)
+    stored = onnx.load(tmp_path / "model.onnx").graph.initializer
+    weights = sum(int(np.prod(t.dims)) for t in stored if len(t.dims) in (2, 4))
+    assert weights == sum(p.size for p in model.parameters() if p.ndim > 1)  # once
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

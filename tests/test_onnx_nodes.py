@@ -84,8 +84,6 @@ EXCLUDED = {
         "maxpool_with_argmax_2d_precomputed_pads",
     ),
     "attribute storage_order": ("maxpool_with_argmax_2d_precomputed_strides",),
-    # rows are taken along the first axis
-    "attribute axis": ("gather_1", "gather_2d_indices"),
     # products are of matrices, or of as many on both sides
     "leading axes differ": ("matmul_bcast",),
     "an operand of one axis": ("matmul_1d_1d", "matmul_1d_3d", "matmul_4d_1d"),

@@ -12,7 +12,6 @@ import pytest
 import tinynn as tn
 from tinynn import nn
 from tinynn.compress import quantize
-from tinynn.errors import UnsupportedError
 from tinynn.nn.module import Module
 from tinynn.op import Array
 
@@ -95,7 +94,24 @@ def test_float16_weights_are_those_that_were_rounded(tmp_path: Path) -> None:
     exported(quantize.float16(network()), tmp_path / "model.onnx")
 
 
-def test_grids_that_are_found_at_run_time_are_refused(tmp_path: Path) -> None:
-    model = quantize.dynamic(network(), images(2))
-    with pytest.raises(UnsupportedError, match="fake_quantize"):
-        tn.onnx.export(model, images(2), tmp_path / "model.onnx")
+def test_ranges_that_are_found_at_run_time_are_those_of_each_image(tmp_path: Path) -> None:
+    model = quantize.dynamic(network(), images(2)).eval()
+    graph = exported(model, tmp_path / "model.onnx")
+    kinds = Counter(node.op_type for node in graph.node)
+    assert (kinds["ConvInteger"], kinds["MatMulInteger"], kinds["Conv"]) == (8, 1, 0)
+    assert kinds["DequantizeLinear"] == kinds["ConvTranspose"] == 1
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    assert not any(a.dtype == np.float32 and a.ndim == 4 for a in arrays.values())
+
+
+def test_one_layer_with_ranges_found_at_run_time_has_the_same_sums(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    layer = nn.Conv2d(3, 6, 3, stride=2, rng=rng)
+    model = quantize.dynamic(nn.Sequential(layer, nn.ReLU()), images(1)).eval()
+    path = tmp_path / "model.onnx"
+    tn.onnx.export(model, images(2), path)
+    x = images(4) * np.array([1, 1e-4, 1e4, 0], np.float32).reshape(4, 1, 1, 1)
+    x[0] = np.abs(x[0])
+    got, wanted = ort.InferenceSession(path).run(None, {"input": x})[0], tn.compile(model, x)(x)
+    scale = np.abs(wanted).max(axis=(1, 2, 3), keepdims=True)
+    assert (np.abs(got - wanted) <= 1e-6 * scale).all()

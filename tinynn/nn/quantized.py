@@ -37,7 +37,8 @@ from tinynn.tensor import Tensor
 #: what becomes of a grid in training: it stays, it follows the values, or its scale is trained
 Ranges = Literal["fixed", "running", "learned"]
 
-_SMALLEST = float(np.finfo(np.float32).tiny)
+#: the least scale that is not taken for 0
+SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 class Quantizer(Module):
@@ -111,7 +112,7 @@ class WeightQuantizer(Quantizer):
         self.share = np.ones_like(scale)
         super().__init__(scale, -high, high)
         largest = self._largest(weights)
-        known = np.where(largest > _SMALLEST, largest, scale * high)  # else any grid will do
+        known = np.where(largest > SMALLEST, largest, scale * high)  # else any grid will do
         self.share = (scale * high / known).astype(scale.dtype)
 
     def _largest(self, weights: Array) -> Array:
@@ -120,7 +121,7 @@ class WeightQuantizer(Quantizer):
 
     def _follow(self, x: Array) -> None:
         largest = self._largest(x)
-        moved = np.maximum(largest * self.share / self.high, _SMALLEST)
+        moved = np.maximum(largest * self.share / self.high, SMALLEST)
         self.scale = np.where(largest > 0, moved, self.scale).astype(x.dtype)
 
 
@@ -242,7 +243,7 @@ def affine(
     """
     least, most, steps = min(least, 0.0), max(most, 0.0), 2**bits - 1
     scale = np.asarray([(most - least) / steps], dtype)
-    if not scale[0] >= _SMALLEST:
+    if not scale[0] >= SMALLEST:
         scale[0], low = 1, 0.0
     else:
         low = max(-float(steps), float(np.rint(least / float(scale[0]))))
@@ -256,7 +257,7 @@ def affine_each(x: Array, bits: int) -> tuple[Array, Array, Array]:
     most = x.max(axis=axes, keepdims=True, initial=0).astype(np.float64)
     with np.errstate(invalid="ignore"):
         scale = ((most - least) / steps).astype(x.dtype)
-        known = (scale >= _SMALLEST) & np.isfinite(scale)
+        known = (scale >= SMALLEST) & np.isfinite(scale)
     scale = np.where(known, scale, x.dtype.type(1))
     low = np.where(known, np.maximum(np.rint(least / scale.astype(np.float64)), -steps), 0)
     return scale, low.astype(x.dtype), (low + steps).astype(x.dtype)

@@ -12,6 +12,14 @@ import numpy as np
 from kernels.geometry import Padding, Pair, Window, window
 from tinynn.errors import UnsupportedError
 from tinynn.graph import Node, Value
+from tinynn.onnx.dynamic import (
+    additive_conv,
+    additive_product,
+    conv_of_integers,
+    product_of_integers,
+    round_each,
+    takes_integers,
+)
 from tinynn.onnx.means import reduce
 from tinynn.onnx.writer import IMAGE_AXIS, TO_IMAGE, TO_PLAIN, Layout, Writer
 from tinynn.op import Array, Shape
@@ -34,9 +42,21 @@ def _conv(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
         return kernel.transpose(3, 2, 0, 1)
 
     win = _window(x, weight.shape, op.stride, op.padding, op.dilation)
-    inputs = [w.image(x), w.store(weight, op.name, move), *map(w.plain, bias)]
     group = x.shape[3] if depthwise else 1
+    if takes_integers(w, node):
+        conv_of_integers(w, node, move, group, _geometry(win))
+        return
+    inputs = [w.image(x), w.store(weight, op.name, move), *map(w.plain, bias)]
     w.put(node, w.emit(node, "Conv", inputs, group=group, **_geometry(win)), "image")
+
+
+def _additive_conv(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
+    op: Any = node.op
+    x, weight = node.inputs
+    w.array(node, weight)
+    win = _window(x, weight.shape, op.stride, op.padding, op.dilation)
+    kernel = w.store(weight, op.name, lambda kernel: kernel.transpose(3, 2, 0, 1))
+    additive_conv(w, node, kernel, _geometry(win))
 
 
 def _conv_transpose(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
@@ -91,10 +111,16 @@ def _geometry(win: Window) -> dict[str, Any]:
 
 
 def _linear(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
+    if takes_integers(w, node):
+        product_of_integers(w, node)
+        return
     w.put(node, w.emit(node, "Gemm", [w.plain(v) for v in node.inputs]), "plain")
 
 
 def _matmul(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
+    if takes_integers(w, node):
+        product_of_integers(w, node)
+        return
     w.put(node, w.emit(node, "MatMul", [w.plain(v) for v in node.inputs]), "plain")
 
 
@@ -260,6 +286,10 @@ def _take(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
 
 def _fake_quantize(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
     """An activation on a grid: QuantizeLinear and DequantizeLinear, of 8 bits."""
+    op: Any = node.op
+    if op.dynamic:
+        round_each(w, node)
+        return
     x, *grid = node.inputs
     scale, low, high = (w.array(node, v) for v in grid)
     if any(a.size != 1 for a in (scale, low, high)) or high.item() - low.item() > 255:
@@ -309,6 +339,8 @@ _BINARY = {
 
 #: by the op's name
 EMITTERS: dict[str, Emitter] = {
+    "additive": additive_product,
+    "additive_conv2d": _additive_conv,
     "conv2d": _conv,
     "depthwise_conv2d": _conv,
     "conv_transpose2d": _conv_transpose,

@@ -19,6 +19,7 @@ from tinynn.onnx.library import library
 from tinynn.onnx.means import Mean, emit_mean, means
 from tinynn.onnx.writer import INPUT, OUTPUT, Writer
 from tinynn.op import Shape
+from tinynn.ops.quantize import FakeQuantize
 from tinynn.ops.shape import Reshape
 from tinynn.storage import PathLike, write_bytes
 from tinynn.tensor import Tensor
@@ -35,7 +36,8 @@ def export(model: Module, example: npt.ArrayLike | Tensor, path: PathLike) -> No
     `example` is a batch of inputs; its values do not matter. The input and the output keep their
     axes (images are NHWC; inside they are NCHW), the batch axis is symbolic, weights have the names
     of their parameters, nodes those of their modules. Weights on a grid are written as int8 with a
-    DequantizeLinear, activations on one through QuantizeLinear and DequantizeLinear.
+    DequantizeLinear, activations on one through QuantizeLinear and DequantizeLinear. Where ranges
+    are found at run time, sums are ConvInteger and MatMulInteger: see `tinynn.onnx.dynamic`.
 
     Raises UnsupportedError, which names the op, for what ONNX cannot say or a model whose ops
     depend on the batch's size or values, and MissingPackageError without the onnx package.
@@ -79,9 +81,14 @@ def _larger(
             f"onnx.export: the model does not run with a batch of {len(batch) + 1}: {error}"
         ) from error
     folded = means(small)
-    exempt = (
-        {m.factor.index for m in folded.values()} if folded.keys() == means(large).keys() else ()
-    )
+    exempt = {
+        v.index
+        for n in small.nodes
+        for v in n.inputs[1:]
+        if isinstance(n.op, FakeQuantize) and n.op.dynamic
+    }
+    if folded.keys() == means(large).keys():
+        exempt |= {m.factor.index for m in folded.values()}
     for a, b in zip_longest(small.nodes, large.nodes):
         if a is None or b is None or not _alike(a, b):
             node = a or b

@@ -250,13 +250,21 @@ class Slice(Module):
 
 
 class Rows(Module):
-    """Rows of the operand by number, along its first axis."""
+    """Rows of the operand by number, along one axis, in the place of which `positions` has its."""
 
-    def __init__(self, positions: Array) -> None:
-        self.positions = positions
+    def __init__(self, positions: Array, axis: int = 0) -> None:
+        self.positions, self.axis = positions, axis
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.take(x, self.positions)
+        if not -x.ndim <= self.axis < x.ndim:
+            raise ShapeError(f"Rows: required an axis of {x.shape}; came {self.axis}")
+        axis, k = self.axis % x.ndim, self.positions.ndim
+        if axis == 0:
+            return ops.take(x, self.positions)
+        first = (axis, *(i for i in range(x.ndim) if i != axis))
+        rows = ops.take(ops.transpose(x, first), self.positions)
+        rest = [k + i for i in range(x.ndim - 1)]
+        return ops.transpose(rows, (*rest[:axis], *range(k), *rest[axis:]))
 
 
 def _tensor(constant: Any) -> Any:

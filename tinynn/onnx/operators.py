@@ -368,11 +368,46 @@ def _stop(end: int, step: int) -> int | None:
 
 
 def _gather(call: Call) -> None:
-    call.only("axis", 0)
-    rows = call.constant(1, "indices")
+    axis, rows = call.attribute("axis", 0), call.constant(1, "indices")
     if rows.dtype.kind not in "iu":
         raise call.refuse(f"indices of {rows.dtype}")
-    call.result(call.add(Rows(np.array(rows, np.int64)), [call.plain(0)]))
+    x, rows = call.data(0), np.array(rows, np.int64)
+    rank = call.rank(0)
+    if rank is not None and not -rank <= axis < rank:
+        raise call.refuse(f"attribute axis={axis} of an operand of {rank} axes")
+    if rows.ndim != 1:
+        x = call.builder.plain(x)
+    where = _axis(x, axis)
+    part, source = _scattered(call, x, where, rows) or (Rows(rows, where), x)
+    call.result(call.add(part, [source], x.layout))
+
+
+def _scattered(call: Call, x: Data, where: int, rows: np.ndarray) -> tuple[Module, Data] | None:
+    """`nn.Scatter`, and what it reads, if x is that with a channel of zeros behind the others.
+
+    So channels are written among zeros; nothing else may read what has one channel more.
+    """
+    builder, name, shape = call.builder, call.operand(0), call.shape(0)
+    graph = builder.model.graph
+    readers = sum(list(node.input).count(name) for node in graph.node)
+    number = builder.inputs + len(builder.steps) - 1
+    if x.number != number or readers != 1 or any(v.name == name for v in graph.output):
+        return None
+    step, operands = builder.steps[-1] if builder.steps else ("", ())
+    border, axis = builder.parts.get(step), -1 if shape is None else where % len(shape)
+    if not isinstance(border, Border) or axis != len(border.widths) or shape is None:
+        return None
+    padded = shape[IMAGE_AXIS[axis] if x.layout == "image" else axis]
+    if any(map(any, border.widths)) or (border.front, border.back, border.value) != (0, 1, 0):
+        return None
+    places = {int(c): i for i, c in enumerate(rows) if padded is not None and c < padded - 1}
+    alone = padded is not None and len(places) == padded - 1 == sum(rows < padded - 1)
+    if not alone or rows.min() < 0 or padded is None or rows.max() >= padded:
+        return None
+    builder.steps.pop()
+    del builder.parts[step], builder.values[name]
+    order = tuple(places[c] for c in range(padded - 1))
+    return nn.Scatter(order, len(rows)), Data(operands[0], x.layout)
 
 
 OPERATORS: dict[str, Callable[[Call], None]] = {

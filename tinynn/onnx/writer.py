@@ -62,6 +62,10 @@ class Writer:
         self.titles: dict[int, str] = {}
         #: weights that lie on a grid, by the value's index
         self.grids: dict[int, Grid] = {}
+        #: activations on grids found at run time: see `tinynn.onnx.dynamic`
+        self.rounded: dict[int, Any] = {}
+        #: what writes a value that nobody has needed so far
+        self.later: dict[int, Callable[[], None]] = {}
 
     def is_data(self, value: Value) -> bool:
         """Whether a value depends on the model's input."""
@@ -91,6 +95,8 @@ class Writer:
 
     def layout(self, value: Value) -> Layout:
         """The order in which a value stands in the file; NCHW if it stands there in both."""
+        if value.index in self.later:
+            self.later.pop(value.index)()
         return "image" if (value.index, "image") in self.names else "plain"
 
     def plain(self, value: Value) -> str:
@@ -107,8 +113,8 @@ class Writer:
 
     def rows(self, value: Value) -> str:
         """The name of a value whose elements are in tinynn's row-major order, whatever its axes."""
-        image = self.names.get((value.index, "image"))
-        if image is not None:
+        if self.layout(value) == "image":
+            image = self.names[value.index, "image"]
             _, height, width, channels = value.shape
             if channels == 1 or height == width == 1:
                 return image
@@ -174,6 +180,7 @@ class Writer:
 
     def _named(self, value: Value, wanted: Layout, other: Layout, axes: tuple[int, ...]) -> str:
         key = (value.index, wanted)
+        self.layout(value)  # it may have to be written first
         if key not in self.names:
             source = self.names[value.index, other]
             path = source.removesuffix("_output") + f"/to_{'nchw' if wanted == 'image' else 'nhwc'}"
