@@ -294,10 +294,7 @@ class Program:
             words += values
         signature = " ".join(names)
         code, entry = _code_entry(signature), _kernel_entry(dispatcher, signature)
-        if self._stage is not None:
-            self._stage.append(len(self._words) + 1)
-        self._words += [4 + len(words), stage, code, entry, *words]
-        self.calls += 1
+        self._row(stage, code, [entry, *words])
 
     def _argument(self, arg: Any) -> tuple[str, list[int]]:
         if isinstance(arg, Slot):
@@ -332,6 +329,24 @@ class Program:
                 self._words[at] = 0 if i else len(self._stage)
             self._stage = None
 
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """The calls appended inside count as one: whoever makes it makes them one by one."""
+        outer = self._words, self._stage, self.team, self.calls
+        self._words, self._stage, self.team = [], None, 1
+        try:
+            yield
+        finally:
+            inner, count = self._words, self.calls - outer[3]
+            self._words, self._stage, self.team, self.calls = outer
+            self._row(1, _entry(_several, (types.int64, types.int64)), [count, *inner])
+
+    def _row(self, stage: int, code: int, words: list[int]) -> None:
+        if self._stage is not None:
+            self._stage.append(len(self._words) + 1)
+        self._words += [3 + len(words), stage, code, *words]
+        self.calls += 1
+
     def words(self) -> np.ndarray:
         """The number of calls, and their rows."""
         return np.array([self.calls, *self._words], np.int64)
@@ -347,6 +362,12 @@ def _execute(at, count, bases):
     for _ in range(count):
         _call(_word(at, 2), at, bases)
         at += 8 * _word(at, 0)
+
+
+@jit
+def _several(row, bases):
+    # A call that stands for several, whose number and rows are its words.
+    _execute(row + 32, _word(row, 3), bases)
 
 
 @jit

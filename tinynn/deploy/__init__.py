@@ -39,10 +39,10 @@ def compile(
     image that is not finite gives NaN.
 
     `threads`: as many as `set_threads` allows at each call, unless given. `choose`: "measure", the
-    name of a kernel ("dense", "sparse", "sparse4x1", "codebook", "float16"), or one for some paths:
-    see `choose_kernels`. Where kernels are as fast, measuring may choose another one the next time,
-    which rounds differently; a plan, once made or loaded, gives the same bits at every call and for
-    any number of threads.
+    name of a kernel ("dense", "sparse", "sparse4x1", "codebook", "float16", "separable"), or one
+    for some paths: see `choose_kernels`. Where kernels are as fast, measuring may choose another
+    one the next time, which rounds differently; a plan, once made or loaded, gives the same bits at
+    every call and for any number of threads.
 
     Raises CompileError, which names the op, for what no plan can express, ConfigError for kernels
     that cannot be chosen, DTypeError unless the model is of float32.

@@ -30,9 +30,7 @@ class Kernel:
 
     def scratch(self, layer: Layer, site: Site) -> int:
         """Bytes that it needs while it runs; `site` has no scratch yet."""
-        images = site.output.shape[0]
-        shapes = [slot.shape[1:] for slot in site.inputs]
-        return 4 * images * layer.step.scratch(shapes, site.output.shape[1:])
+        return layer.step.room(site)
 
     def emit(self, layer: Layer, site: Site) -> None:
         """Append its calls to the site's program."""

@@ -88,6 +88,11 @@ class Step:
         """Elements of four bytes that it needs for one image while it runs."""
         return 0
 
+    def room(self, at: Site) -> int:
+        """Bytes that it needs for all images while it runs; `at` has no scratch yet."""
+        shapes = [slot.shape[1:] for slot in at.inputs]
+        return 4 * at.output.shape[0] * self.scratch(shapes, at.output.shape[1:])
+
     def emit(self, at: Site) -> None:
         """Append its kernel calls to a program."""
         raise NotImplementedError
@@ -152,6 +157,8 @@ class Windowed(Step):
     stride: Pair
     padding: Sides
     dilation: Pair = (1, 1)
+    #: the array with the window's rows and columns, if there is one
+    sliding: ClassVar[str] = "weight"
 
     def _window(self, kernel: Pair, inputs: Sequence[Shape], arrays: Arrays) -> Window:
         sizes = (*kernel, *self.stride, *self.dilation, *(n + 1 for s in self.padding for n in s))
@@ -303,16 +310,9 @@ class ScaleShift(Step):
         return x
 
     def emit(self, at: Site) -> None:
-        rows = [s.reshape(-1, s.shape[-1]) for s in (at.inputs[0], at.output)]
-        prepack.scale_shift(
-            at.program,
-            at.packed,
-            rows[0],
-            at.arrays["scale"],
-            at.arrays["shift"],
-            rows[1],
-            self.relu,
-        )
+        x, y = (s.reshape(-1, s.shape[-1]) for s in (at.inputs[0], at.output))
+        scale, shift = at.arrays["scale"], at.arrays["shift"]
+        prepack.scale_shift(at.program, at.packed, x, scale, shift, y, self.relu)
 
 
 # --- without weights ------------------------------------------------------------------------------
