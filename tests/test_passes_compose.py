@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,12 +19,13 @@ from tinynn.compress import (
     importance,
     merge,
     prune,
+    quantize,
     reestimate,
     saliency,
     select,
     sparsify,
 )
-from tinynn.errors import PruneError
+from tinynn.errors import ConfigError, PruneError
 from tinynn.observe import observe
 from tinynn.tensor import Tensor
 
@@ -104,3 +106,36 @@ def test_a_model_that_went_through_all_is_saved_and_loaded(tmp_path: Path) -> No
     np.testing.assert_array_equal(loaded(Tensor(X)).data, model.eval()(Tensor(X)).data)
     assert cluster.nbytes(loaded) == cluster.nbytes(model)
     assert cluster.nbytes(model) < tn.count(net(), X).weight_bytes / 2
+
+
+@pytest.mark.parametrize("how", ["int8", "dynamic", "float16", "clustered"])
+def test_no_pass_leaves_a_quantised_model_as_it_is_without_a_word(how: str) -> None:
+    rng = np.random.default_rng(0)
+    inner = nn.Sequential(nn.Linear(8, 8, rng=rng), nn.ReLU(), nn.Linear(8, 8, rng=rng)).eval()
+    x = np.abs(rng.standard_normal((20, 8), np.float32))
+    model = {
+        "int8": lambda: quantize.int8(inner, [x]),
+        "dynamic": lambda: quantize.dynamic(inner, x),
+        "float16": lambda: quantize.float16(inner),
+        "clustered": lambda: cluster.kmeans(inner, 16),
+    }[how]()
+    passes: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "factorize": lambda m: factorize.layers(m, x, factorize.number(1)),
+        "merge.affine": lambda m: merge.affine(m, observe(m, [x])),
+        "merge.duplicates": lambda m: merge.duplicates(m, [x], similarity=0.5),
+        "prune": lambda m: prune.channels(m, observe(m, [x]), importance.l1, select.share(0.5)),
+        "sparsify": lambda m: sparsify.weights(m, sparsify.magnitude, sparsify.share(0.5)),
+        "cluster": lambda m: cluster.kmeans(m, 3),
+    }
+    before = model.eval()(Tensor(x)).data
+    refused = set()
+    for name, run in passes.items():
+        try:
+            after = run(model).eval()
+        except (ConfigError, PruneError) as error:
+            refused.add(name)
+            assert name in str(error) or "prune" in str(error)
+            continue
+        assert not np.array_equal(after(Tensor(x)).data, before)
+    whole = {"factorize", "merge.affine", "merge.duplicates", "prune"}
+    assert refused == (set() if how == "clustered" else whole)

@@ -1,4 +1,4 @@
-"""Put other modules in the place of some of a model's."""
+"""Put other modules in the place of some of a model's; which models that is not for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from tinynn.errors import ConfigError
 from tinynn.nn.module import Module
+from tinynn.nn.quantized import Quantized
 
 
 def exchange(model: Module, new: Mapping[str, Module]) -> Module:
@@ -36,3 +37,19 @@ def swap(model: Module, old: Module, new: Module) -> None:
         for name, child in list(parent.named_children()):
             if child is old and parent is not new:
                 setattr(parent, name, new)
+
+
+def require_floating(model: Module, what: str) -> None:
+    """Raise ConfigError, which names the layers, if weights of the model are rounded as they run.
+
+    What such a pass would do to them the rounding could undo, or it would pass them over.
+    """
+    held = [
+        p for p, m in model.named_modules() if isinstance(m, Quantized) and m.weight is not None
+    ]
+    if held:
+        shown = ", ".join(repr(p) for p in held[:3]) + (", ..." if len(held) > 3 else "")
+        raise ConfigError(
+            f"{what}: required floating weights; came layers that are quantised: {shown}. Quantise "
+            "afterwards"
+        )

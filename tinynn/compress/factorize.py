@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tinynn.compress.exchange import exchange
+from tinynn.compress.exchange import exchange, require_floating
 from tinynn.count import macs
 from tinynn.errors import ConfigError
 from tinynn.graph import Node, trace
@@ -131,12 +131,15 @@ def layers(
 
     Left alone, without a report: depthwise and transposed convolutions, subclasses with a forward
     of their own, layers that share their weights with others or do not run on the example. A model
-    that is one layer is refused. Raises ConfigError for `only` that names other than layers to cut.
+    that is one layer is refused. Raises ConfigError for `only` that names other than layers to cut,
+    and for a model with quantised layers: `fold_batchnorm`, then this, then `quantize`.
     """
     if form not in ("matrix", "separable", "cheapest"):
         raise ConfigError(f"factorize: form is matrix, separable or cheapest; came {form!r}")
     if type(model) in _KINDS:
         raise ConfigError("factorize: required layers inside a model; put this one in a Sequential")
+    if only is None:
+        require_floating(model, "factorize")
     runs: dict[str, list[Node]] = {}
     for node in trace(model, example).nodes:
         runs.setdefault(node.path, []).append(node)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from kernels import pointwise
+from tinynn.compress.exchange import require_floating
 from tinynn.compress.prune import Decision, rebuilt, remove
 from tinynn.errors import ConfigError
 from tinynn.graph import Group, Node, Value
@@ -58,7 +59,7 @@ def affine(
     other layers are left as they are.
 
     Raises PruneError if `seen` was observed on another model or before this one changed,
-    ConfigError for a margin or tolerance out of range.
+    ConfigError for a margin or tolerance out of range, or for quantised layers.
     """
     if not 0 < margin < math.inf or not 0 <= tolerance < math.inf:
         raise ConfigError(
@@ -66,6 +67,7 @@ def affine(
             f"{margin} and {tolerance}"
         )
     seen.require(model, "merge.affine")
+    require_floating(model, "merge.affine")
     arrays = {name: p.numpy() for name, p in model.named_parameters()}
     for hidden in reversed(_hidden_layers(seen)):
         on = seen[hidden.group.readers[0].value]
@@ -164,11 +166,12 @@ def duplicates(
     arrays, or tuples whose first is the input. Weights under a mask may come to life by this.
 
     Srinivas & Babu 2015, "Data-free parameter pruning", section 3.1, judged by the activations
-    instead of the weights. Raises ConfigError for a similarity that is not in (0, 1], and what
-    `observe` and `prune.remove` raise.
+    instead of the weights. Raises ConfigError for a similarity that is not in (0, 1] or quantised
+    layers, and what `observe` and `prune.remove` raise.
     """
     if not 0 < similarity <= 1:
         raise ConfigError(f"merge.duplicates: required 0 < similarity <= 1; came {similarity}")
+    require_floating(model, "merge.duplicates")
     seen = observe_by(_Products, model, data)
     arrays = model.state_dict()
     decisions = []
