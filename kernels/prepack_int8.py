@@ -211,9 +211,21 @@ def _frame_loop(X, i0, j0, k0, value, Y, first, last):
                 int8.fill_bytes(value, Y, at * width, width)
 
 
+def _scatter_loop(X, P, value, Y, first, last):
+    # Y[m, P[c]] = X[m, c], elsewhere value;  X (M, C), Y (M, N) uint8, P (C,)
+    # tasks are blocks of rows
+    C, N = X.shape[1], Y.shape[1]
+    for task in prange(first, last):
+        for m in range(task * _ROWS, min(len(X), (task + 1) * _ROWS)):
+            int8.fill_bytes(value, Y, m * N, N)
+            for c in range(C):
+                Y[m, P[c]] = X[m, c]
+
+
 _at_least = Variants(_at_least_loop)
 _columns = Variants(_columns_loop)
 _frame = Variants(_frame_loop)
+_scatter = Variants(_scatter_loop)
 
 
 def relu(program: Program, x: Slot, y: Slot, zero: int) -> None:
@@ -230,6 +242,13 @@ def concat(program: Program, parts: list[Slot], y: Slot) -> None:
         tasks = -(-rows[0].shape[0] // _ROWS)
         program.add(_columns, 2 * x.nbytes, rows[0], offset, rows[1], tasks=tasks)
         offset += x.shape[-1]
+
+
+def scatter(program: Program, x: Slot, places: np.ndarray, value: int, y: Slot) -> None:
+    """Channel c of x (last axis) at places[c] of y, an int32 each; bytes `value` elsewhere."""
+    rows = [s.reshape(-1, s.shape[-1]) for s in (x, y)]
+    tasks = -(-rows[0].shape[0] // _ROWS)
+    program.add(_scatter, x.nbytes + y.nbytes, rows[0], places, value, rows[1], tasks=tasks)
 
 
 def frame(

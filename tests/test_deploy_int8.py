@@ -16,11 +16,12 @@ import tinynn as tn
 from kernels import int8, int8_depthwise, int8_product
 from kernels.geometry import window
 from tinynn import nn
-from tinynn.compress import integers, quantize
+from tinynn.compress import blocks, importance, integers, quantize, select
 from tinynn.errors import CompileError
 from tinynn.graph import Graph, Node, Value, trace
 from tinynn.models import thesis
 from tinynn.nn.module import Module
+from tinynn.observe import observe
 
 Array = np.ndarray
 
@@ -91,7 +92,14 @@ class Oracle:
                 )
         elif all(v.index in self.grids for v in self.data(node)) and self.integer(node):
             return
-        elif out in self.grids and op in ("reshape", "relu", "max_pool2d", "pad", "concat"):
+        elif out in self.grids and op in (
+            "reshape",
+            "relu",
+            "max_pool2d",
+            "pad",
+            "scatter",
+            "concat",
+        ):
             self.values[out] = self.moved(node)
         else:
             self.values[out] = np.asarray(node.op.forward(*map(self.number, node.inputs))[0])
@@ -309,6 +317,27 @@ def test_random_networks(few_tiles: None, case: tuple[nn.Module, tuple[int, ...]
     model, shape = case
     if any(hasattr(m, "using") for _, m in model.named_modules()):
         check(quantised(model, shape), shape, (2,), FLOATING)
+
+
+def test_thinned_branches_stay_in_bytes(few_tiles: None) -> None:
+    rng = np.random.default_rng(0)
+    layers = [
+        nn.Conv2d(3, 6, 3, rng=rng),
+        *(nn.ResidualBlock(6, 6, rng=rng) for _ in range(2)),
+        nn.GlobalAvgPool2d(),
+        nn.Linear(6, 3, rng=rng),
+    ]
+    model = lived_in(nn.Sequential(*layers), rng)
+    x = images(rng, 16, 6, 5, 3)
+    thin = blocks.thin(model, observe(model, [x]), importance.l1, select.share(0.5))
+    plan = check(quantize.int8(thin, [x]).eval(), (6, 5, 3))
+    kinds = Counter(layer.step.kind for layer in plan.network.layers)
+    assert kinds["scatter"] == kinds["intadd"] == 2
+    assert kinds["quantize"] == 1 and kinds["dequantize"] == kinds["conv"] == 0
+    made = {a.output: plan.network.dtypes[a.output] for a in plan.network.layers}
+    scattered = [a for a in plan.network.layers if a.step.kind == "scatter"]
+    assert all(made[a.output] == np.uint8 for a in scattered)
+    assert len({a.step.value for a in scattered}) == 2  # type: ignore[attr-defined]
 
 
 # --- the rest -------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from tinynn.graph import Graph, Node
 from tinynn.nn.module import Module
 from tinynn.nn.quantized import HalfQuantizer, Quantized, Quantizer, bits_of
 from tinynn.op import Array
-from tinynn.ops.shape import Pad
+from tinynn.ops.shape import Pad, Scatter
 
 #: ops whose result lies on the grid of their operand: they move numbers, drop some, or add zeros
-MOVES = ("max_pool2d", "reshape", "transpose", "index", "take", "relu", "pad")
+MOVES = ("max_pool2d", "reshape", "transpose", "index", "take", "relu", "pad", "scatter")
 _LARGEST = 2**31 - 1
 
 
@@ -71,7 +71,7 @@ def grids(graph: Graph, model: Module) -> dict[int, Grid]:
 
 def keeps_grid(node: Node) -> bool:
     """Whether the op's result lies on the grid on which all its operands lie."""
-    if isinstance(node.op, Pad):
+    if isinstance(node.op, Pad | Scatter):
         return node.op.value == 0
     return node.op.name in MOVES or node.op.name == "concat"
 

@@ -247,8 +247,9 @@ class _Lowering(IntegerLowering):
 
     def scatter(self, node: Node) -> int:
         op: Any = node.op
-        step = Scatter(op.width, float(op.value))
-        return self.append(node, step, self.data(node, 0), places=np.array(op.places, np.int32))
+        numbers, grid = (self.data(node, 0), None) if op.value else self.moved(node)
+        step = Scatter(op.width, float(grid[1] if grid else op.value))
+        return self.append(node, step, numbers, places=np.array(op.places, np.int32))
 
 
 _LOWER: dict[str, Callable[[_Lowering, Node], int]] = {

@@ -460,6 +460,12 @@ class Scatter(Step):
     weights = ("places",)
     dtypes: ClassVar[Mapping[str, Any]] = {"places": np.dtype(np.int32)}
 
+    def dtype(self, kinds: Sequence[Any]) -> Any:
+        if kinds[0] == BYTE and (self.onto or self.value not in range(256)):
+            raise ShapeError(f"{self}: required a byte as value, and no operand to add to")
+        self.require_kinds(kinds, kinds[0])
+        return kinds[0]
+
     def result(self, inputs: Sequence[Shape], arrays: Arrays) -> Shape:
         x, places = inputs[0], arrays["places"]
         out = (*x[:-1], self.width)
@@ -471,6 +477,9 @@ class Scatter(Step):
 
     def emit(self, at: Site) -> None:
         x, places = at.inputs[0], at.arrays["places"]
+        if at.output.dtype == BYTE:
+            prepack_int8.scatter(at.program, x, places, int(self.value), at.output)
+            return
         prepack.scatter(at.program, x, places, self.value, at.output, self.onto)
 
 
