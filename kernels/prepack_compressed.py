@@ -39,13 +39,13 @@ def _sparse_plan(w: sparse.Sparse, y: Slot) -> sparse.Plan:
 
 
 def _sparse_scratch(w: sparse.Sparse, y: Slot, few: bool, carve: Carver) -> list[Slot]:
-    groups = -(-y.shape[3] // sparse._GROUP)
+    groups = -(-y.shape[3] // sparse.GROUP)
     if few:
-        return [carve.take((math.prod(y.shape[:3]), groups * sparse._GROUP))]
+        return [carve.take((math.prod(y.shape[:3]), groups * sparse.GROUP))]
     how = _sparse_plan(w, y)
     width = how.vectors * sparse._LANES
     depth = int(np.diff(w.edges).max())
-    rows = -(-groups // how.parts) * sparse._GROUP
+    rows = -(-groups // how.parts) * sparse.GROUP
     return [
         carve.take((1, depth, width)),
         carve.take((1, rows, width)),
@@ -81,7 +81,7 @@ def sparse2d(
     added = packed.get("padded", padded)
     if few:
         rows = x.reshape(pixels, x.shape[3]), y.reshape(pixels, y.shape[3])
-        parts = min(len(added) // sparse._GROUP, sparse._TASKS)
+        parts = min(len(added) // sparse.GROUP, sparse._TASKS)
         kernel = sparse.rows_kernel(w.block)
         program.add(kernel, 0, rows[0], added, _low(relu), rows[1], tuple(w[2:]), parts, *scratch)
         return

@@ -19,26 +19,30 @@ from kernels._primitive import OFFSET, check_array, check_tile, lanes_of, primit
 
 
 @tile_intrinsic
-def rank1_at(typing, acc, A, ia, B, ib, index, ii, width):
-    """acc[i, j] += A[ia + i] B[ib + index[ii] width + j L : + L]; index uint8, width a constant."""
+def rank1_at(typing, acc, lo, hi, A, ia, B, ib, index, ii, width):
+    """acc[i, j] += A[ia + i - lo] B[ib + index[ii] width + j L : + L] in rows lo <= i < hi.
+
+    index uint8; lo, hi and width constants.
+    """
     check_tile("rank1_at", acc)
     check_array("rank1_at", A, acc.dtype)
     check_array("rank1_at", B, acc.dtype)
     check_array("rank1_at", index, types.uint8)
     vec, L, W = acc.vector, acc.lanes, constant(width)
+    first, last = constant(lo), constant(hi)
 
-    def emit(code, x, A, ia, B, ib, index, ii, width):
+    def emit(code, x, lo, hi, A, ia, B, ib, index, ii, width):
         b = code.builder
         place = b.zext(b.load(code.at(index, ii)), I64)
         start = b.add(ib, b.mul(place, I64(W)))
         row = [code.load(code.at(B, start, extra=j * L), vec) for j in range(acc.nr)]
-        out = []
-        for i in range(acc.mr):
-            a = code.splat(b.load(code.at(A, ia, extra=i)), L)
-            out.append([code.fma(a, row[j], x[i][j]) for j in range(acc.nr)])
+        out = list(x)
+        for i in range(first, last):
+            a = code.splat(b.load(code.at(A, ia, extra=i - first)), L)
+            out[i] = [code.fma(a, row[j], x[i][j]) for j in range(acc.nr)]
         return out
 
-    return primitive(acc, (acc, A, OFFSET, B, OFFSET, index, OFFSET, width), emit)
+    return primitive(acc, (acc, lo, hi, A, OFFSET, B, OFFSET, index, OFFSET, width), emit)
 
 
 def _columns(cols: Any) -> tuple[bool, Any]:

@@ -9,13 +9,13 @@ Zeros gain nothing on vectors of output channels, each of which has its weights 
 vectors lie along pixels. A block of P vectors of pixels is turned from rows of channels (NHWC)
 into rows of pixels T[k, pixel] by transposing in registers; then an output channel is one loop over
 its weights, each spread over a vector and multiplied with the row T[k] that its index names; and
-the channels are turned back. In blocks of 4 x 1, four channels share an index, and the row of T
-that it names is loaded once for all four: nearly as few loads as a dense product needs.
+the channels are turned back.
 
-Layout. The K = taps C inputs are cut into chunks of `depth` at most, whose part of T stays in the
-first-level cache, and whose indices fit a byte. For each chunk, and in it for each output channel
-(or block of four), come its number of weights (`counts`), their indices within the chunk, and the
-values: 5 bytes a weight, 4.25 in blocks. `starts` says where each 16 channels begin in a chunk.
+A processor loads about as many vectors as it multiplies, so that an output channel by itself is
+limited by its loads. Two channels are summed together: the row T[k] of an input for which both have
+a weight is loaded once for both, and in the same turn of the loop one weight of either alone is
+multiplied; three loads for four products leave time for the loads of weights and indices. In blocks
+of 4 x 1, four channels share an index and a load. See `kernels.sparse_pack` for the layout.
 
 A zero weight is not there: multiplied with infinity or NaN it gives 0, as pruning means it. Weights
 must be finite, so that a tap outside the image, a zero in T, adds nothing.
@@ -25,7 +25,6 @@ must be finite, so that a tap outside the image, a zero in T, adds nothing.
 
 from __future__ import annotations
 
-import itertools
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -36,110 +35,14 @@ from kernels import memory, simd, simd_sparse
 from kernels._jit import Variants, get_threads, jit, prepared, worth_threads
 from kernels.geometry import Window
 from kernels.product import _aligned
+from kernels.sparse_pack import GROUP, Sparse, channels_of_row, pack, unpack
+
+__all__ = ["Sparse", "conv2d", "linear", "pack", "unpack"]
 
 _LANES = simd.LANES  # of float32, a global constant to the kernels
-_GROUP = 16  # channels between two entries of `starts`; whole vectors on every level
 _BLOCK_PIXELS = 96  # at most: 64 of their rows fill three quarters of a first-level cache
 _SUMS_BYTES = 256 * 1024  # of a task's results before they are turned back
 _TASKS = 8  # wanted at least, for threads to share
-
-
-class Sparse(NamedTuple):
-    """Packed weights (KH, KW, C, N): what `pack` makes and the layers take."""
-
-    shape: tuple[int, int, int, int]
-    block: int  #: output channels that share an index: 1 or 4
-    values: np.ndarray  #: float32 (weights, block)
-    indices: np.ndarray  #: uint8 (weights,), from the chunk's first input
-    counts: np.ndarray  #: uint8 (chunks, channels / block)
-    starts: np.ndarray  #: int32 (chunks * groups of 16 channels + 1,), in weights
-    edges: np.ndarray  #: int32 (chunks + 1,), the inputs at which chunks begin
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays, indices included."""
-        return sum(a.nbytes for a in self[2:])
-
-    @property
-    def density(self) -> float:
-        """The share of weights that are stored."""
-        return self.values.size / max(1, int(np.prod(self.shape)))
-
-
-def pack(weights: np.ndarray, block: int = 1, depth: int | None = None) -> Sparse:
-    """Weights (K, N) or (KH, KW, C, N), float32, in which zeros are not to be stored.
-
-    `block` 4 stores channels 4 i to 4 i + 3 of an input together if any of them is not 0. `depth`:
-    inputs of a chunk, at most 255; by default chosen for batches. Raises ValueError for other
-    shapes, blocks and depths and for weights that are not finite, TypeError unless float32.
-    """
-    if weights.dtype != np.float32:
-        raise TypeError(f"sparse.pack: expected float32, got {weights.dtype}")
-    if weights.ndim not in (2, 4) or not weights.size or block not in (1, 4):
-        raise ValueError(
-            f"sparse.pack: expected weights (K, N) or (KH, KW, C, N), not empty, and block 1 or 4, "
-            f"got {weights.shape} and {block}"
-        )
-    if not np.isfinite(weights).all():
-        raise ValueError("sparse.pack: expected finite weights, got NaN or infinity")
-    shape = (1, 1, *weights.shape) if weights.ndim == 2 else weights.shape
-    inputs, channels = int(np.prod(shape[:3])), shape[3]
-    rows = -(-channels // block)
-    blocks = np.zeros((inputs, rows * block), np.float32)
-    blocks[:, :channels] = weights.reshape(inputs, channels)
-    blocks = blocks.reshape(inputs, rows, block)
-    stored = (blocks != 0).any(axis=2)
-    if depth is None:
-        depth = _depth(float(stored.mean()), block)
-    if not 1 <= depth <= 255:
-        raise ValueError(f"sparse.pack: expected 1 <= depth <= 255, got {depth}")
-    edges = _edges(shape[0] * shape[1], shape[2], depth)
-    values, indices, counts = [], [], []
-    for lo, hi in itertools.pairwise(edges):
-        row, place = np.nonzero(stored[lo:hi].T)
-        values.append(blocks[lo + place, row])
-        indices.append(place.astype(np.uint8))
-        counts.append(stored[lo:hi].sum(axis=0))
-    table = np.stack(counts)
-    starts = np.add.reduceat(table, np.arange(0, rows, _GROUP // block), axis=1).cumsum()
-    return Sparse(
-        shape,
-        block,
-        np.concatenate(values),
-        np.concatenate(indices),
-        table.astype(np.uint8),
-        np.concatenate([[0], starts]).astype(np.int32),
-        edges,
-    )
-
-
-def unpack(packed: Sparse) -> np.ndarray:
-    """The weights (KH, KW, C, N), zeros included."""
-    *_, channels = packed.shape
-    rows = packed.counts.shape[1]
-    chunks = len(packed.edges) - 1
-    dense = np.zeros((packed.edges[-1], rows, packed.block), np.float32)
-    counts = packed.counts.ravel()
-    chunk, row = np.divmod(np.arange(chunks * rows), rows)
-    inputs = packed.edges[np.repeat(chunk, counts)] + packed.indices
-    dense[inputs, np.repeat(row, counts)] = packed.values
-    return np.ascontiguousarray(dense.reshape(len(dense), -1)[:, :channels]).reshape(packed.shape)
-
-
-def _depth(density: float, block: int) -> int:
-    """Inputs of a chunk. Sparse ones are longer: a sum is kept for some weights at least."""
-    return 128 if block > 1 else int(min(192, max(64, 16 / max(density, 1e-9))))
-
-
-def _edges(taps: int, channels: int, depth: int) -> np.ndarray:
-    """Chunks of whole taps, or equal parts of one: a tap outside the image is then left out."""
-    if channels > depth:
-        parts = -(-channels // depth)
-        within = np.arange(parts + 1) * channels // parts
-        edges = (np.arange(taps)[:, None] * channels + within[:-1]).ravel()
-    else:
-        edges = np.arange(0, taps, depth // channels) * channels
-    return np.append(edges, taps * channels).astype(np.int32)
 
 
 # --- a block of pixels ----------------------------------------------------------------------------
@@ -235,7 +138,7 @@ def _chunk(X, lo, hi, win, count, at, left, up, rows, T):
 
 def _blocks(R: int, P: int) -> Any:
     W = P * _LANES
-    rows_of_group = _GROUP // R
+    rows_of_group = GROUP // R
 
     def blocks(X, bias, low, Y, weights, win, batch_first, parts, flat, T, U, Z):
         # The formula at the head of the file; a task is W pixels and a part of the groups.
@@ -245,7 +148,7 @@ def _blocks(R: int, P: int) -> Any:
         values, indices, counts, starts, edges = weights
         _, _, sy, sx, py, px, _, _ = win
         pixels, N = Y.shape[0] * Y.shape[1] * Y.shape[2], Y.shape[3]
-        chunks, rows = counts.shape
+        chunks, rows, _ = counts.shape
         groups = (rows + rows_of_group - 1) // rows_of_group
         tasks = (pixels + W - 1) // W * parts
         slots = len(T)
@@ -263,12 +166,19 @@ def _blocks(R: int, P: int) -> Any:
                 mine = first * N if flat else Y.size
                 mine_end = min(mine + W * N, Y.size)
                 for c in range(chunks):
-                    if starts[c * groups + g_lo] == starts[c * groups + g_hi]:
-                        continue
-                    if not _chunk(X, edges[c], edges[c + 1], win, count, at, left, up, inside, t):
+                    last = c == chunks - 1
+                    live = starts[c * groups + g_lo, 0] < starts[c * groups + g_hi, 0]
+                    if live:
+                        live = _chunk(
+                            X, edges[c], edges[c + 1], win, count, at, left, up, inside, t
+                        )
+                    if not (live or last):
                         continue
                     for g in range(g_lo, g_hi):
-                        j = np.int64(starts[c * groups + g])
+                        j = np.int64(starts[c * groups + g, 0])
+                        v = np.int64(starts[c * groups + g, 1])
+                        # Sums that are whole at once share a place that stays in the nearest cache
+                        base = g if fresh and last else g_lo
                         for r in range(g * rows_of_group, min(rows, (g + 1) * rows_of_group)):
                             if ahead < ahead_end:
                                 simd.prefetch(8, X, ahead, 16)
@@ -276,24 +186,54 @@ def _blocks(R: int, P: int) -> Any:
                             if mine < mine_end:
                                 simd.prefetch(8, Y, mine, 16)
                                 mine += 128
-                            i = (r * R - g_lo * _GROUP) * W
+                            i = (r * R - base * GROUP) * W
                             if fresh:
                                 acc = simd.zeros(R, P, t)
                                 acc = simd.add(acc, simd.spread(R, bias, r * R, 1))
                             else:
                                 acc = simd.load(R, P, u, i, W)
-                            for _ in range(np.int64(counts[c, r])):
-                                simd.rolled()
-                                acc = simd_sparse.rank1_at(acc, values, j * R, t, 0, indices, j, W)
-                                j += 1
+                            if live:
+                                n = np.int64(counts[c, r, 0])
+                                some = np.int64(0)
+                                if R == 2:  # of both channels, then of the first, of the second
+                                    one, two = np.int64(counts[c, r, 1]), np.int64(counts[c, r, 2])
+                                    j1, v1 = j + n, v + 2 * n
+                                    j2, v2 = j1 + one, v1 + one
+                                    some = min(n, one, two)
+                                    for k in range(some):
+                                        simd.rolled()
+                                        acc = simd_sparse.rank1_at(
+                                            acc, 0, R, values, v + 2 * k, t, 0, indices, j + k, W
+                                        )
+                                        acc = simd_sparse.rank1_at(
+                                            acc, 0, 1, values, v1 + k, t, 0, indices, j1 + k, W
+                                        )
+                                        acc = simd_sparse.rank1_at(
+                                            acc, 1, 2, values, v2 + k, t, 0, indices, j2 + k, W
+                                        )
+                                    for k in range(some, one):
+                                        simd.rolled()
+                                        acc = simd_sparse.rank1_at(
+                                            acc, 0, 1, values, v1 + k, t, 0, indices, j1 + k, W
+                                        )
+                                    for k in range(some, two):
+                                        simd.rolled()
+                                        acc = simd_sparse.rank1_at(
+                                            acc, 1, 2, values, v2 + k, t, 0, indices, j2 + k, W
+                                        )
+                                for k in range(some, n):
+                                    simd.rolled()
+                                    acc = simd_sparse.rank1_at(
+                                        acc, 0, R, values, v + R * k, t, 0, indices, j + k, W
+                                    )
+                                j, v = j + n, v + R * n
+                                if R == 2:
+                                    j, v = j2 + two, v2 + two
                             simd.store(acc, u, i, W)
+                        if last:
+                            n = g * GROUP
+                            _scatter(u, n - base * GROUP, low, Y, n, min(GROUP, N - n), out)
                     fresh = False
-                if fresh:
-                    for r in range(g_lo * rows_of_group, min(rows, g_hi * rows_of_group)):
-                        acc = simd.add(simd.zeros(R, P, t), simd.spread(R, bias, r * R, 1))
-                        simd.store(acc, u, (r * R - g_lo * _GROUP) * W, W)
-                n = g_lo * _GROUP
-                _scatter(u, 0, low, Y, n, min(N, g_hi * _GROUP) - n, out)
 
     return blocks
 
@@ -301,14 +241,14 @@ def _blocks(R: int, P: int) -> Any:
 @cache
 def kernel(block: int, vectors: int) -> Variants:
     """The kernel for blocks of weights of 1 or 4 channels and for so many vectors of pixels."""
-    return Variants(_blocks(block, vectors))
+    return Variants(_blocks(channels_of_row(block), vectors))
 
 
 # --- one row of activations -----------------------------------------------------------------------
 
 
 def _rows(R: int) -> Any:
-    rows_of_group, together = _GROUP // R, _LANES // R
+    rows_of_group, together, alone = GROUP // R, _LANES // R, _LANES
 
     def rows(X, bias, low, Y, weights, parts, S):
         # Y[m, n] = max(bias[n] + sum_j values[j] X[m, edges[c] + indices[j]], low): the vectors lie
@@ -316,27 +256,39 @@ def _rows(R: int) -> Any:
         values, indices, counts, starts, edges = weights
         M, K = X.shape
         N = Y.shape[1]
-        chunks, size = counts.shape
+        chunks, size, kinds = counts.shape
         groups = (size + rows_of_group - 1) // rows_of_group
         for task in prange(M * parts):
             m, part = task // parts, task % parts
             g_lo, g_hi = groups * part // parts, groups * (part + 1) // parts
             sums, y = S[m], Y[m]
-            for n in range(g_lo * _GROUP, g_hi * _GROUP):
+            for n in range(g_lo * GROUP, g_hi * GROUP):
                 sums[n] = bias[n]
             for c in range(chunks):
-                j, ix = np.int64(starts[c * groups + g_lo]), m * K + np.int64(edges[c])
+                j = np.int64(starts[c * groups + g_lo, 0])
+                v = np.int64(starts[c * groups + g_lo, 1])
+                ix = m * K + np.int64(edges[c])
                 for r in range(g_lo * rows_of_group, min(size, g_hi * rows_of_group)):
-                    end = j + np.int64(counts[c, r])
+                    end = j + np.int64(counts[c, r, 0])
                     acc = simd.zeros(1, 1, X)
                     while j + together <= end:
-                        acc = simd_sparse.dot_at(acc, values, j * R, X, ix, indices, j, R, 0)
-                        j += together
+                        acc = simd_sparse.dot_at(acc, values, v, X, ix, indices, j, R, 0)
+                        j, v = j + together, v + alone
                     if j < end:
-                        acc = simd_sparse.dot_at(acc, values, j * R, X, ix, indices, j, R, end - j)
-                        j = end
+                        acc = simd_sparse.dot_at(acc, values, v, X, ix, indices, j, R, end - j)
+                        v, j = v + (end - j) * R, end
                     simd_sparse.add_folded(acc, R, sums, r * R)
-            for n in range(g_lo * _GROUP, min(N, g_hi * _GROUP)):
+                    for kind in range(1, kinds):  # one channel of the row by itself
+                        end = j + np.int64(counts[c, r, kind])
+                        acc = simd.zeros(1, 1, X)
+                        while j + alone <= end:
+                            acc = simd_sparse.dot_at(acc, values, v, X, ix, indices, j, 1, 0)
+                            j, v = j + alone, v + alone
+                        if j < end:
+                            acc = simd_sparse.dot_at(acc, values, v, X, ix, indices, j, 1, end - j)
+                            v, j = v + end - j, end
+                        simd_sparse.add_folded(acc, 1, sums, r * R + kind - 1)
+            for n in range(g_lo * GROUP, min(N, g_hi * GROUP)):
                 y[n] = low if sums[n] < low else sums[n]
 
     return rows
@@ -345,7 +297,7 @@ def _rows(R: int) -> Any:
 @cache
 def rows_kernel(block: int) -> Variants:
     """The kernel for a linear layer of few rows."""
-    return Variants(_rows(block))
+    return Variants(_rows(channels_of_row(block)))
 
 
 # --- what is called -------------------------------------------------------------------------------
@@ -368,11 +320,11 @@ def plan(pixels: int, images: int, channels: int, block: int, threads: int) -> P
     tasks, each with scratch of its own.
     """
     registers = simd.TILE[0] * simd.TILE[1]
-    most = max(1, min(_BLOCK_PIXELS // _LANES, registers // block))
+    most = max(1, min(_BLOCK_PIXELS // _LANES, registers // channels_of_row(block)))
     sizes = {most, -(-most // 4)}
     vectors = min(sizes, key=lambda v: (-(-pixels // (v * _LANES)) * (v + 0.5), -v))
     width = vectors * _LANES
-    groups = -(-channels // _GROUP)
+    groups = -(-channels // GROUP)
     parts = -(-channels * width * 4 // _SUMS_BYTES)
     blocks = -(-pixels // width)
     if threads:
@@ -410,7 +362,7 @@ def linear(
     run = rows_kernel(packed.block).choose(len(x) * packed.values.size)
     low = np.float32(0 if relu else -np.inf)
     sums = np.empty((len(x), len(added)), np.float32)
-    run(x, added, low, y, packed[2:], min(len(added) // _GROUP, _TASKS), sums)
+    run(x, added, low, y, packed[2:], min(len(added) // GROUP, _TASKS), sums)
     return y
 
 
@@ -460,7 +412,7 @@ def _run(
     how = plan(pixels, len(x), channels, packed.block, threads)
     width = how.vectors * _LANES
     depth = int(np.diff(packed.edges).max())
-    rows = -(-len(added) // (how.parts * _GROUP)) * _GROUP
+    rows = -(-len(added) // (how.parts * GROUP)) * GROUP
     table = (*win.kernel, *win.stride, win.padding[0][0], win.padding[1][0], *win.dilation)
     kernel(packed.block, how.vectors).choose(work)(
         x,
@@ -480,7 +432,7 @@ def _run(
 
 def _operands(name: str, x: np.ndarray, bias: np.ndarray | None, channels: int) -> Any:
     """x as kernels take it, and bias filled up to whole groups."""
-    added = np.zeros(-(-channels // _GROUP) * _GROUP, np.float32)
+    added = np.zeros(-(-channels // GROUP) * GROUP, np.float32)
     if x.dtype != np.float32 or (bias is not None and bias.dtype != np.float32):
         found = x.dtype if bias is None else f"{x.dtype}, {bias.dtype}"
         raise TypeError(f"{name}: expected arrays of float32, got {found}")
