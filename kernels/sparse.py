@@ -121,6 +121,14 @@ def _scatter(U, row, low, Y, first, channels, out):
 
 
 @jit
+def _next(first, width, flat, X):
+    # Where in X (pixels, ..., C) the rows behind pixels first to first + width - 1 lie, of as many
+    # pixels; nothing unless pixels of the input and of the result are the same
+    start = min((first + width) * X.shape[3], X.size)
+    return start, min(start + width * X.shape[3], X.size) if flat else start
+
+
+@jit
 def _chunk(X, lo, hi, win, count, at, left, up, rows, T):
     # T[k - lo, p] = X of input k = (tap, channel) of pixel p, lo <= k < hi; whether any is inside
     _, KX, _, _, _, _, DY, DX = win
@@ -142,8 +150,7 @@ def _blocks(R: int, P: int) -> Any:
 
     def blocks(X, bias, low, Y, weights, win, batch_first, parts, flat, T, U, Z):
         # The formula at the head of the file; a task is W pixels and a part of the groups.
-        # X (B, H, V, C), Y (B, OH, OW, N), bias (16 groups,); flat: pixel m reads row m of X;
-        # the rows of the next block, and those of Y to be written, are asked for meanwhile
+        # X (B, H, V, C), Y (B, OH, OW, N), bias (16 groups,); flat: pixel m reads row m of X
         # scratch: T (slots, longest chunk, W), U (slots, channels of a part, W), Z (slots, 5, W)
         values, indices, counts, starts, edges = weights
         _, _, sy, sx, py, px, _, _ = win
@@ -161,10 +168,11 @@ def _blocks(R: int, P: int) -> Any:
                 _place(X, Y, first, count, batch_first, sy, sx, py, px, at, left, up, out)
                 g_lo, g_hi = groups * part // parts, groups * (part + 1) // parts
                 fresh = True
-                ahead = (first + W) * X.shape[3]
-                ahead_end = min(ahead + W * X.shape[3], X.size) if flat else ahead
-                mine = first * N if flat else Y.size
-                mine_end = min(mine + W * N, Y.size)
+                # What the next block reads and writes, asked for row by row
+                x_at, x_end = _next(first, W, flat, X)
+                y_at, y_end = _next(first, W, flat, Y)
+                lines = (x_end - x_at + y_end - y_at) // 128 + 2
+                each = lines // (chunks * (min(rows, g_hi * rows_of_group) - g_lo * rows_of_group))
                 for c in range(chunks):
                     last = c == chunks - 1
                     live = starts[c * groups + g_lo, 0] < starts[c * groups + g_hi, 0]
@@ -180,12 +188,13 @@ def _blocks(R: int, P: int) -> Any:
                         # Sums that are whole at once share a place that stays in the nearest cache
                         base = g if fresh and last else g_lo
                         for r in range(g * rows_of_group, min(rows, (g + 1) * rows_of_group)):
-                            if ahead < ahead_end:
-                                simd.prefetch(8, X, ahead, 16)
-                                ahead += 128
-                            if mine < mine_end:
-                                simd.prefetch(8, Y, mine, 16)
-                                mine += 128
+                            for _ in range(each + 1):
+                                if x_at < x_end:
+                                    simd.prefetch(8, X, x_at, 16)
+                                    x_at += 128
+                                elif y_at < y_end:
+                                    simd.prefetch(8, Y, y_at, 16)
+                                    y_at += 128
                             i = (r * R - base * GROUP) * W
                             if fresh:
                                 acc = simd.zeros(R, P, t)
