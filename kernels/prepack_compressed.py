@@ -44,10 +44,9 @@ def _sparse_scratch(w: sparse.Sparse, y: Slot, few: bool, carve: Carver) -> list
         return [carve.take((math.prod(y.shape[:3]), groups * sparse.GROUP))]
     how = _sparse_plan(w, y)
     width = how.vectors * sparse._LANES
-    depth = int(np.diff(w.edges).max())
     rows = -(-groups // how.parts) * sparse.GROUP
     return [
-        carve.take((1, depth, width)),
+        carve.take((1, w.depth, width)),
         carve.take((1, rows, width)),
         carve.take((1, 5, width), np.int64),
     ]
@@ -83,13 +82,13 @@ def sparse2d(
         rows = x.reshape(pixels, x.shape[3]), y.reshape(pixels, y.shape[3])
         parts = min(len(added) // sparse.GROUP, sparse._TASKS)
         kernel = sparse.rows_kernel(w.block)
-        program.add(kernel, 0, rows[0], added, _low(relu), rows[1], tuple(w[2:]), parts, *scratch)
+        program.add(kernel, 0, rows[0], added, _low(relu), rows[1], w.arrays, parts, *scratch)
         return
     how = _sparse_plan(w, y)
     table = (*win.kernel, *win.stride, win.padding[0][0], win.padding[1][0], *win.dilation)
     program.add(
         sparse.kernel(w.block, how.vectors), 0,
-        x, added, _low(relu), y, tuple(w[2:]), table, how.batch_first, how.parts, flat, *scratch,
+        x, added, _low(relu), y, w.arrays, table, how.batch_first, how.parts, flat, *scratch,
     )  # fmt: skip
 
 

@@ -40,9 +40,10 @@ from kernels.sparse_pack import GROUP, Sparse, channels_of_row, pack, unpack
 __all__ = ["Sparse", "conv2d", "linear", "pack", "unpack"]
 
 _LANES = simd.LANES  # of float32, a global constant to the kernels
-_BLOCK_PIXELS = 96  # at most: 64 of their rows fill three quarters of a first-level cache
+_BLOCK_PIXELS = 64  # at most: 96 of their rows fill three quarters of a first-level cache
 _SUMS_BYTES = 256 * 1024  # of a task's results before they are turned back
-_TASKS = 8  # wanted at least, for threads to share
+_TASKS = 8  # of one row of activations, for threads to share
+_SMALL_IMAGE = 64  # pixels, of which borders are a large part
 
 
 # --- a block of pixels ----------------------------------------------------------------------------
@@ -52,29 +53,31 @@ _TASKS = 8  # wanted at least, for threads to share
 def _place(X, Y, first, count, batch_first, sy, sx, py, px, at, left, up, out):
     # Pixel p of the block: at[p] where tap (0, 0) lies in X, up[p], left[p] its row and column
     # there, out[p] where the result lies in Y; out[p] = -1 for p >= count
-    # X (B, H, V, C), Y (B, OH, OW, N); pixels run along images (batch_first) or along rows
+    # X (B, H, V, C), Y (B, OH, OW, N); the first rows of all images come first, so that few blocks
+    # reach over a border; of a row, the first pixels of all images (batch_first) or the images
     B, H, V, C = X.shape
     _, OH, OW, N = Y.shape
-    pixels = OH * OW
+    oy, rest = first // (B * OW), first % (B * OW)
     if batch_first:
-        b, o = first % B, first // B
+        b, ox = rest % B, rest // B
     else:
-        b, o = first // pixels, first % pixels
-    oy, ox = o // OW, o % OW
+        b, ox = rest // OW, rest % OW
     for p in range(len(at)):
         up[p], left[p] = oy * sy - py, ox * sx - px
         at[p] = ((b * H + up[p]) * V + left[p]) * C
         out[p] = ((b * OH + oy) * OW + ox) * N if p < count else -1
         if batch_first:
             b += 1
-            if b < B:
-                continue
-            b = 0
-        ox += 1
-        if ox == OW:
-            ox, oy = 0, oy + 1
-            if oy == OH:
-                oy, b = 0, b + 1
+            if b == B:
+                b, ox = 0, ox + 1
+            if ox == OW:
+                ox, oy = 0, oy + 1
+        else:
+            ox += 1
+            if ox == OW:
+                ox, b = 0, b + 1
+            if b == B:
+                b, oy = 0, oy + 1
 
 
 @jit
@@ -325,22 +328,22 @@ class Plan(NamedTuple):
 def plan(pixels: int, images: int, channels: int, block: int, threads: int) -> Plan:
     """For so many pixels in all images; `threads` 0 for the serial version.
 
-    How the work is cut, and with it the rounding, depends on the sizes only. The threads share the
-    tasks, each with scratch of its own.
+    The threads share the tasks, each with scratch of its own. How many there are changes no sum.
     """
     registers = simd.TILE[0] * simd.TILE[1]
     most = max(1, min(_BLOCK_PIXELS // _LANES, registers // channels_of_row(block)))
-    sizes = {most, -(-most // 4)}
+    sizes = {most, -(-most // 2)}
     vectors = min(sizes, key=lambda v: (-(-pixels // (v * _LANES)) * (v + 0.5), -v))
     width = vectors * _LANES
     groups = -(-channels // GROUP)
     parts = -(-channels * width * 4 // _SUMS_BYTES)
     blocks = -(-pixels // width)
-    if threads:
-        parts = max(parts, -(-_TASKS // blocks))
+    if threads > 1:
+        parts = max(parts, -(-2 * threads // blocks))
     parts = min(parts, groups)
     slots = max(1, min(threads, blocks * parts))
-    return Plan(vectors, parts, slots, images >= width)
+    in_turn = images >= width and pixels <= _SMALL_IMAGE * images
+    return Plan(vectors, parts, slots, in_turn)
 
 
 def linear(
@@ -371,7 +374,7 @@ def linear(
     run = rows_kernel(packed.block).choose(len(x) * packed.values.size)
     low = np.float32(0 if relu else -np.inf)
     sums = np.empty((len(x), len(added)), np.float32)
-    run(x, added, low, y, packed[2:], min(len(added) // GROUP, _TASKS), sums)
+    run(x, added, low, y, packed.arrays, min(len(added) // GROUP, _TASKS), sums)
     return y
 
 
@@ -420,21 +423,22 @@ def _run(
     threads = get_threads() if worth_threads(work) else 0
     how = plan(pixels, len(x), channels, packed.block, threads)
     width = how.vectors * _LANES
-    depth = int(np.diff(packed.edges).max())
     rows = -(-len(added) // (how.parts * GROUP)) * GROUP
     table = (*win.kernel, *win.stride, win.padding[0][0], win.padding[1][0], *win.dilation)
+    size = how.slots * packed.depth * width
+    scratch = _aligned((size + how.slots * rows * width,), x.dtype)
     kernel(packed.block, how.vectors).choose(work)(
         x,
         added,
         np.float32(0 if relu else -np.inf),
         y,
-        packed[2:],
+        packed.arrays,
         table,
         how.batch_first,
         how.parts,
         x.shape[1:3] == y.shape[1:3] == (1, 1),
-        _aligned((how.slots, depth, width), x.dtype),
-        _aligned((how.slots, rows, width), x.dtype),
+        scratch[:size].reshape(how.slots, packed.depth, width),
+        scratch[size:].reshape(how.slots, rows, width),
         np.empty((how.slots, 5, width), np.int64),
     )
 

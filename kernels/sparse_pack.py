@@ -22,7 +22,7 @@ import numpy as np
 
 GROUP = 16  # channels between two entries of `starts`; whole vectors on every level
 
-#: By block, of each kind of input in the order of packing, the channels of a row that have a weight.
+#: By block, of each kind of input in the order of packing: which channels of a row have a weight.
 MEMBERS = {
     1: np.array([[True, True], [True, False], [False, True]]),
     4: np.array([[True, True, True, True]]),
@@ -34,6 +34,7 @@ class Sparse(NamedTuple):
 
     shape: tuple[int, int, int, int]
     block: int  #: output channels that share an index: 1 or 4
+    depth: int  #: inputs of the longest chunk
     values: np.ndarray  #: float32 (weights,), those of a block side by side
     indices: np.ndarray  #: uint8 (inputs,), from the chunk's first input
     counts: np.ndarray  #: uint8 (chunks, rows, kinds), of inputs
@@ -43,7 +44,12 @@ class Sparse(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays, indices included."""
-        return sum(a.nbytes for a in self[2:])
+        return sum(a.nbytes for a in self.arrays)
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What kernels take, in this order."""
+        return self[3:]
 
     @property
     def density(self) -> float:
@@ -98,6 +104,7 @@ def pack(weights: np.ndarray, block: int = 1, depth: int | None = None) -> Spars
     return Sparse(
         shape,
         block,
+        int(np.diff(edges).max()),
         np.concatenate(values),
         np.concatenate(indices),
         table.astype(np.uint8),
@@ -121,7 +128,7 @@ def unpack(packed: Sparse) -> np.ndarray:
 
 
 def _kinds(there: np.ndarray, block: int) -> np.ndarray:
-    """Of which kind each input of a row is, (inputs, rows, kinds), from (inputs, rows, channels)."""
+    """Of which kind each input of a row is: (inputs, rows, kinds) of (inputs, rows, channels)."""
     if block > 1:
         return there.any(axis=2, keepdims=True)
     return (there[:, :, None, :] == MEMBERS[block]).all(axis=3)
@@ -129,7 +136,7 @@ def _kinds(there: np.ndarray, block: int) -> np.ndarray:
 
 def _depth(density: float, block: int) -> int:
     """Inputs of a chunk. Sparse ones are longer: a sum is kept for some weights at least."""
-    return 128 if block > 1 else int(min(192, max(64, 16 / max(density, 1e-9))))
+    return 128 if block > 1 else int(min(192, max(80, 24 / max(density, 1e-9))))
 
 
 def _edges(taps: int, channels: int, depth: int) -> np.ndarray:

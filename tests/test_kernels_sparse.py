@@ -63,15 +63,17 @@ def test_packing_keeps_every_weight(k, n, density, block, depth):
     w = weights((k, n), density)
     packed = sparse.pack(w, block, depth)
     np.testing.assert_array_equal(sparse.unpack(packed)[0, 0], w)
-    assert packed.counts.sum() == len(packed.indices) == len(packed.values) == packed.starts[-1]
-    assert np.diff(packed.edges).max() <= 255 and packed.edges[-1] == k
+    assert packed.counts.sum() == len(packed.indices) == packed.starts[-1, 0]
+    assert len(packed.values) == packed.starts[-1, 1]
+    assert np.diff(packed.edges).max() == packed.depth <= 255 and packed.edges[-1] == k
     if block == 1:
         assert len(packed.values) == np.count_nonzero(w)
     if depth is None:
-        # what does not grow with the weights: a count for each chunk and channel, some starts
+        # what does not grow with the weights: counts for each chunk and row, some starts
         chunks = len(packed.edges) - 1
-        room = chunks * (-(-n // block) + 4 * -(-n // 16)) + 4 * (chunks + 2)
-        assert packed.nbytes <= len(packed.values) * (4 * block + 1) + room
+        rows = 3 * -(-n // 2) if block == 1 else -(-n // 4)
+        room = chunks * (rows + 8 * -(-n // 16)) + 4 * (chunks + 3)
+        assert packed.nbytes <= len(packed.values) * (4 + 1 / block) + room
 
 
 @pytest.mark.parametrize("taps", [(1, 1), (3, 3), (1, 5)])
