@@ -243,8 +243,9 @@ def _blocks(R: int, P: int) -> Any:
                                     j, v = j2 + two, v2 + two
                             simd.store(acc, u, i, W)
                         if last:
-                            n = g * GROUP
-                            _scatter(u, n - base * GROUP, low, Y, n, min(GROUP, N - n), out)
+                            at_n = g * GROUP
+                            size = min(GROUP, N - at_n)
+                            _scatter(u, at_n - base * GROUP, low, Y, at_n, size, out)
                     fresh = False
 
     return blocks

@@ -130,8 +130,8 @@ def unpack(packed: Sparse) -> np.ndarray:
 def _kinds(there: np.ndarray, block: int) -> np.ndarray:
     """Of which kind each input of a row is: (inputs, rows, kinds) of (inputs, rows, channels)."""
     if block > 1:
-        return there.any(axis=2, keepdims=True)
-    return (there[:, :, None, :] == MEMBERS[block]).all(axis=3)
+        return np.asarray(there.any(axis=2, keepdims=True))
+    return np.asarray((there[:, :, None, :] == MEMBERS[block]).all(axis=3))
 
 
 def _depth(density: float, block: int) -> int:
