@@ -43,6 +43,7 @@ _TILES = (8, 7, 6, 4, 2)  # rows of a tile to choose from
 _REGISTERS = 32 if simd.TILE[1] > 2 else 16
 _ROOM = 6  # registers wanted beside the sums of a kernel
 _BLOCK_BYTES = 256 * 1024  # of rows that are read several times: they stay in the second cache
+_AHEAD_BYTES = 1 << 20  # of images: what is smaller stays in the second-level cache
 _STREAM_BYTES = 8 << 20  # results from here on leave no room in the caches for what they displace
 
 
@@ -63,6 +64,7 @@ def _correlate(mr: int, kw: int, step: int, narrow: bool) -> Any:
         OH, ON = Y.shape[1:3]
         L = simd.lanes(X)
         width = W.shape[1]
+        distant = X.nbytes >= _AHEAD_BYTES
         for task in prange(B * parts):
             b, part = task // parts, task % parts
             for f in range(phases.shape[0]):
@@ -74,13 +76,16 @@ def _correlate(mr: int, kw: int, step: int, narrow: bool) -> Any:
                 ld, one = (0, right), (0, 1, 1)
                 for oy in range(rows * part // parts, rows * (part + 1) // parts):
                     y0 = oy * sy - top
-                    ky_lo, ky_hi = max(0, -(y0 // dy)), min(KH, -((y0 - H) // dy))
+                    if dy == 1:
+                        ky_lo, ky_hi = max(0, -y0), min(KH, H - y0)
+                    else:
+                        ky_lo, ky_hi = max(0, -(y0 // dy)), min(KH, -((y0 - H) // dy))
                     ahead = (b * H + y0 + (KH - 1) * dy + 1) * N * C  # what the next oy needs
                     for ox0 in range(0, columns, mr):
                         ox = min(ox0, columns - mr) if kw > 1 else ox0  # the last moves back
                         for c0 in range(0, C, L):
                             c = max(0, min(c0, C - L))  # the last moves back
-                            for n in range(sy * sx):  # this tile's share of it
+                            for n in range(sy * sx if distant else 0):  # this tile's share
                                 i = ahead + ((ox0 * C + c0 * mr) * sx * sy + n * mr * L)
                                 simd.prefetch(mr, X, i, L)
                             acc = simd.load(mr, 1, bias, c, 0)

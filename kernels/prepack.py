@@ -25,6 +25,7 @@ from kernels.program import ALIGNMENT, Program, Slot
 
 _FLOAT = np.dtype(np.float32)
 _CHUNK = 4096  # elements of a task
+_EXACT = (2, 4, 8, 16)  # values whose mean is the sum of their shares to the bit
 
 
 class Packed:
@@ -162,10 +163,11 @@ def depthwise2d(
 
     plan = depthwise._forward_plan(H, W, win, depthwise._hot(_FLOAT, C))
     kernel = depthwise._correlate_kernel(plan.tile, plan.kw, plan.step, narrow)
+    tasks = min(y.shape[1], max(1, depthwise._TASKS // B))
     program.add(
         kernel, x.nbytes + y.nbytes,
         x, packed.get("w", flat), packed.get("b", wide), _low(relu), y, plan.table,
-        min(y.shape[1], max(1, depthwise._TASKS // B)), y.nbytes >= depthwise._STREAM_BYTES,
+        tasks if program.threads else 1, y.nbytes >= depthwise._STREAM_BYTES,
     )  # fmt: skip
 
 
@@ -218,8 +220,12 @@ def max_pool2d(program: Program, x: Slot, y: Slot, places: Slot, win: Window) ->
 
 def avg_pool2d(program: Program, x: Slot, y: Slot, win: Window) -> None:
     """The mean of the values under each window."""
+    count = math.prod(win.kernel)
+    if count in _EXACT and not any(map(any, win.padding)):
+        w = np.full((*win.kernel, x.shape[3]), 1 / count, _FLOAT)
+        return depthwise2d(program, Packed(), x, w, None, y, win)
     axes, _ = pool._tables(*x.shape[1:3], win, _FLOAT)
-    _weighted(program, x, y, axes, pool._below(x, win))
+    return _weighted(program, x, y, axes, pool._below(x, win))
 
 
 def global_sum(program: Program, packed: Packed, x: Slot, y: Slot, scale: float) -> None:
@@ -322,8 +328,25 @@ def _scatter_onto_loop(X, P, Y):
             Y[m, P[c]] += X[m, c]
 
 
+def _columns_onto_loop(X, first, Y):
+    # Y[m, first + c] += X[m, c];  X (M, C), Y (M, N)
+    M, C = X.shape
+    L = simd.lanes(X)
+    for m in prange(M):
+        for c in range(0, C, L):
+            ix, iy, rest = m * C + c, m * Y.shape[1] + first + c, C - c
+            if rest >= L:
+                total = simd.add(simd.load(1, 1, X, ix, 0), simd.load(1, 1, Y, iy, 0))
+                simd.store(total, Y, iy, 0)
+            else:
+                x = simd.load_part(1, 1, X, ix, 0, 0, 1, rest)
+                y = simd.load_part(1, 1, Y, iy, 0, 0, 1, rest)
+                simd.store_part(simd.add(x, y), Y, iy, 0, 0, 1, rest)
+
+
 _add = Variants(_add_loop)
 _columns = Variants(_columns_loop)
+_columns_onto = Variants(_columns_onto_loop)
 _repeat = Variants(_repeat_loop)
 _scatter = Variants(_scatter_loop)
 _scatter_onto = Variants(_scatter_onto_loop)
@@ -376,8 +399,10 @@ def scatter(
     The other channels of y are `value`; `onto`: they stay, and x is added to what y holds.
     """
     x2, y2 = (s.reshape(-1, s.shape[-1]) for s in (x, y))
-    work = x.nbytes + y.nbytes
-    if onto:
+    work, first = x.nbytes + y.nbytes, int(places[0])
+    if onto and np.array_equal(places, np.arange(first, first + len(places))):
+        program.add(_columns_onto, work, x2, first, y2)
+    elif onto:
         program.add(_scatter_onto, work, x2, places, y2)
     else:
         program.add(_scatter, work, x2, places, np.float32(value), y2)

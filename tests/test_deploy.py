@@ -135,6 +135,7 @@ def test_layers_are_merged() -> None:
         + ["globalsum", "linear"]
     )
     assert kinds["small_cifar"].count("scaleshift") == 7  # before depthwise and after the mean
+    assert kinds["small_cifar"].count("scatter") == 2 and "pad" not in kinds["small_cifar"]
     # Only where a block adds the network's own input, which must stay, an addition is left.
     assert [name for name, some in kinds.items() if "add" in some] == ["bottleneck"]
 
@@ -205,6 +206,31 @@ def test_a_model_that_does_nothing_gives_a_copy(identity: nn.Module) -> None:
     plan = tn.compile(identity, x)
     y = plan(x)
     assert np.array_equal(y.reshape(x.shape), x) and not np.shares_memory(y, x)
+
+
+def test_zeros_around_channels_are_not_added() -> None:
+    rng = np.random.default_rng(0)
+    for n, last in ((26, nn.Sequential()), (11, nn.ReLU())):
+        halves = [nn.PointwiseConv2d(6, 6, rng=rng), nn.PointwiseConv2d(6, n, rng=rng)]
+        for parts in ((halves[1], nn.Shortcut(6, n)), (nn.Shortcut(6, n), halves[1])):
+            model = lived_in(nn.Sequential(halves[0], nn.Add(*parts), last), rng)
+            plan, x = tn.compile(model, images(rng, 1, 5, 4, 6)), images(rng, 3, 5, 4, 6)
+            kinds = [a.step.kind for a in plan.network.layers]
+            # A rectified sum needs all channels.
+            assert kinds[1:] == (["conv", "scatter"] if n == 26 else ["pad", "conv"])
+            assert close(plan(x), expected(model, x))
+
+
+@pytest.mark.parametrize("window", [(2, 2), (2, 4), (1, 3)])
+def test_means_of_whole_windows_are_those_of_the_model(window: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    for padding, shape in (("valid", (9, 11, 17)), ("same", (7, 8, 17))):
+        model = nn.Sequential(nn.AvgPool2d(window, padding=padding), nn.BatchNorm(17))
+        lived_in(model, rng)
+        x = images(rng, 3, *shape)
+        plans = [tn.compile(model, x, threads=n) for n in (1, tn.max_threads())]
+        assert close(plans[0](x), expected(model, x))
+        assert np.array_equal(plans[0](x[:1]), plans[1](x[:1]))
 
 
 @pytest.mark.parametrize("name", ["small_cifar", "bottleneck", "layers"])

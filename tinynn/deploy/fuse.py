@@ -6,6 +6,7 @@ the first makes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from tinynn.deploy.steps import (
     GlobalSum,
     Layer,
     Linear,
+    Pad,
     ScaleShift,
     Scatter,
     Step,
@@ -121,17 +123,43 @@ def _residuals(sketch: Sketch, layers: list[Layer]) -> list[Layer]:
     It then runs where the addition did, when both are there.
     """
     for addition in [layer for layer in layers if isinstance(layer.step, Add)]:
-        for producer, other in (addition.inputs, addition.inputs[::-1]):
-            made = next((a for a in layers if a.output == producer), None)
-            if made is not None and _may_move(sketch, layers, made, other, addition):
+        for before, made, other in _ways(sketch, layers, addition):
+            tried = [made if a is before else a for a in layers]
+            if _may_move(sketch, tried, made, other, addition):
                 step = _with(made.step, onto=True)
                 if getattr(addition.step, "relu", False):
                     step = _with(step, relu=True)
                 inputs = (made.inputs[0], other)
                 joined = replace(made, step=step, inputs=inputs, output=addition.output)
-                layers = [joined if a is addition else a for a in layers if a is not made]
+                layers = [joined if a is addition else a for a in tried if a is not made]
                 break
     return layers
+
+
+def _ways(
+    sketch: Sketch, layers: list[Layer], addition: Layer
+) -> Iterator[tuple[Layer, Layer, int]]:
+    """A layer that makes an operand, what could stand in its place, and the other operand.
+
+    First those that change some channels only.
+    """
+    makers = {a.output: a for a in layers}
+    pairs = [(makers[i], j) for i, j in (addition.inputs, addition.inputs[::-1]) if i in makers]
+    for made, other in pairs:
+        if isinstance(made.step, Pad):
+            yield made, _scattered(made, sketch.shapes[made.inputs[0]][-1]), other
+    for made, other in pairs:
+        yield made, made, other
+
+
+def _scattered(layer: Layer, channels: int) -> Layer:
+    """A layer that puts zeros around channels as one that adds these where they go, or as it is."""
+    step = layer.step
+    if not isinstance(step, Pad) or step.value or any(map(max, step.widths[:-1])):
+        return layer
+    before, behind = step.widths[-1]
+    arrays = {"places": np.arange(before, before + channels, dtype=np.int32)}
+    return replace(layer, step=Scatter(before + channels + behind), arrays=arrays)
 
 
 def _may_move(

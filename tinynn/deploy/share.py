@@ -16,6 +16,7 @@ from tinynn.deploy.steps import (
     Layer,
     Pool,
     ScaleShift,
+    Scatter,
     Site,
 )
 from tinynn.op import Shape
@@ -28,13 +29,13 @@ def can_share(layer: Layer, inputs: Sequence[Shape]) -> bool:
     step = layer.step
     if layer.kernel != "dense" or len(inputs[0]) != 3:
         return False
-    if isinstance(step, Pool):
-        return step.mean
+    if isinstance(step, Pool):  # parts without padding may be computed in another way
+        return step.mean and not any(step.padding[0])
     if isinstance(step, Activation):
         return step.function != "softmax"
     if isinstance(step, Depthwise):
         return layer.arrays["weight"].shape[3] == 1
-    return isinstance(step, Conv | Separable | ScaleShift | Add)
+    return isinstance(step, Conv | Separable | ScaleShift | Add | Scatter)
 
 
 def emit(layer: Layer, site: Site) -> None:
