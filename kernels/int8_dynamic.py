@@ -131,21 +131,26 @@ def _finished_loop(Y, G, S, cases, scale, bias, low, sizes, first, last):
         b, part = task // parts, task % parts
         by, more = simd_int.of_float(G[2 * b]), simd_int.of_float(G[2 * b + 1])
         for y in range(OH * part // parts, OH * (part + 1) // parts):
-            for x in range(OW):
-                at, v = ((b * OH + y) * OW + x) * N, (cases[y] + cases[OH + x]) * wide
-                for n in range(0, N, L):
-                    cut = n + L > N
-                    if cut:
-                        f = simd.load_part(1, 1, Y, at + n, 0, 0, 1, N - n)
+            for n in range(0, N, L):
+                at, v = (b * OH + y) * OW * N + n, -1
+                each, shift = (
+                    simd.mul(simd.load(1, 1, scale, n, 0), by),
+                    simd.load(1, 1, bias, n, 0),
+                )
+                sums = shift
+                for x in range(OW):
+                    case = cases[y] + cases[OH + x]
+                    if case != v:
+                        v, sums = case, simd.load(1, 1, S, case * wide + n, 0)
+                    if n + L <= N:
+                        f = simd.fma(simd.load(1, 1, Y, at, 0), sums, more)
+                        f = simd.maximum(simd.fma(shift, f, each), floor)
+                        simd.store(f, Y, at, 0)
                     else:
-                        f = simd.load(1, 1, Y, at + n, 0)
-                    f = simd.fma(f, simd.load(1, 1, S, v + n, 0), more)
-                    each = simd.mul(simd.load(1, 1, scale, n, 0), by)
-                    f = simd.maximum(simd.fma(simd.load(1, 1, bias, n, 0), f, each), floor)
-                    if cut:
-                        simd.store_part(f, Y, at + n, 0, 0, 1, N - n)
-                    else:
-                        simd.store(f, Y, at + n, 0)
+                        f = simd.load_part(1, 1, Y, at, 0, 0, 1, N - n)
+                        f = simd.maximum(simd.fma(shift, simd.fma(f, sums, more), each), floor)
+                        simd.store_part(f, Y, at, 0, 0, 1, N - n)
+                    at += N
 
 
 _range = Variants(_range_loop)
