@@ -137,5 +137,7 @@ def test_no_pass_leaves_a_quantised_model_as_it_is_without_a_word(how: str) -> N
             assert name in str(error) or "prune" in str(error)
             continue
         assert not np.array_equal(after(Tensor(x)).data, before)
+    small = factorize.layers(quantize.floating(model), x, factorize.number(1))
+    assert small.size() < model.size()
     whole = {"factorize", "merge.affine", "merge.duplicates", "prune"}
     assert refused == (set() if how == "clustered" else whole)

@@ -51,5 +51,5 @@ def require_floating(model: Module, what: str) -> None:
         shown = ", ".join(repr(p) for p in held[:3]) + (", ..." if len(held) > 3 else "")
         raise ConfigError(
             f"{what}: required floating weights; came layers that are quantised: {shown}. Quantise "
-            "afterwards"
+            "afterwards; quantize.floating(model) has no grids"
         )

@@ -6,6 +6,7 @@
     byte = quantize.int8(model, data, ranges=calibrate.kl)
     nibble = quantize.low_bit(model, data, weights=4)           # clipping, allocation, correction
     tuned = quantize.trainable(byte, "learned"); tn.fit(tuned, ...)
+    again = quantize.floating(byte)                             # the weights without their grids
 
 `data` are batches of typical inputs, or what `observe(folded, ..., bins=2048)` saw of a model whose
 batch norms are folded. The result runs, trains, saves and loads as any model, and computes in
@@ -104,7 +105,7 @@ def float16(model: Module) -> Module:
     Nothing but the storage changes: it computes in float32. Raises ConfigError for a weight beyond
     float16's range.
     """
-    out = _plain(model)
+    out = floating(model)
     slots: dict[Module, Slots] = {}
     for path, module in out.named_modules():
         if not hasattr(module, "using"):
@@ -129,7 +130,7 @@ def dynamic(model: Module, example: npt.ArrayLike, scheme: Scheme | None = None)
     is a batch to trace the graph on. A scale and shift stays floating.
     """
     scheme = scheme or Scheme()
-    out = fold_batchnorm(_plain(model), example)
+    out = fold_batchnorm(floating(model), example)
     graph = trace(out, example)
     layers = {p: n for p, n in weighted(graph, out).items() if n.op.name != "scale_shift"}
     modules = dict(out.named_modules())
@@ -209,6 +210,21 @@ def low_bit(
     )
     default = calibrate.minmax if activations == 8 else calibrate.aciq()
     return int8(model, data, ranges=ranges or default, scheme=scheme, activations=activations)
+
+
+def floating(model: Module) -> Module:
+    """A copy without the grids of an earlier quantisation: it computes with the floating weights.
+
+    Those are there still, as training and the quantisation of a model need them.
+    """
+    out = model.copy()
+    for _, module in list(out.named_modules()):
+        if isinstance(module, Quantized):
+            if module is out:
+                out = module.layer.train(module.training)
+            else:
+                swap(out, module, module.layer)
+    return out
 
 
 def trainable(model: Module, ranges: Ranges = "running") -> Module:
@@ -318,7 +334,7 @@ def _observed(model: Module, data: Observer | Iterable[Any]) -> tuple[Module, Ob
     if first is None:
         raise DataError("quantize: required at least one batch; came none")
     x = np.asarray(first[0] if isinstance(first, tuple) else first)
-    folded = fold_batchnorm(_plain(model), x[:1])
+    folded = fold_batchnorm(floating(model), x[:1])
     return folded, observe(folded, itertools.chain([first], batches), bins=_BINS)
 
 
@@ -329,18 +345,6 @@ def _pooled(seen: Observer, values: Iterable[Value]) -> Histogram:
     out = Histogram(first.bins)
     for one in (first, *others):
         out.merge(one)
-    return out
-
-
-def _plain(model: Module) -> Module:
-    """A copy without the grids of an earlier quantisation."""
-    out = model.copy()
-    for _, module in list(out.named_modules()):
-        if isinstance(module, Quantized):
-            if module is out:
-                out = module.layer.train(module.training)
-            else:
-                swap(out, module, module.layer)
     return out
 
 

@@ -125,6 +125,8 @@ def explain(
 ) -> Explanation:
     """Each layer of `model`, in eval mode, on a batch like `example`, dense and by every technique.
 
+    Of a quantised model they are told of its floating weights, as `quantize.floating` gives them.
+
     Sparse layers keep the share `density` of their weights, or of blocks of 4 of them, with the
     largest magnitude; code books have `entries` values a layer; low rank is the one at which a
     layer has half its weights. `limits` are those of this machine unless given.
@@ -136,7 +138,7 @@ def explain(
         raise ConfigError(f"explain: required 0 < density <= 0.8; came {density}")
     x, told = np.ascontiguousarray(example, np.float32), Settings(density, entries)
     limits = roofline.limits([threads])[0] if limits is None else limits
-    folded = fold_batchnorm(model, x).eval()
+    folded = fold_batchnorm(quantize.floating(model), x).eval()
     plans = _plans(folded, x, told, threads)
     calls = {name: _smallest_call(name, told, threads) for name in plans}
     bare = _plans(folded, x, replace(told, density=_HARDLY), threads, only=_SPARSE)
