@@ -66,11 +66,13 @@ def test_what_every_technique_has_to_do(found: tn.Explanation) -> None:
     assert dense.activation_bytes == 4 * rows * (32 + 48)
     assert dense.bounds["compute"] == pytest.approx(2 * rows * size / 100e9)
     sparse, blocks = mine["sparse"], mine["sparse4x1"]
-    assert sparse.macs == blocks.macs == rows * size / 4
-    assert sparse.weight_bytes == found.chunks * 5 * size / 4
-    assert blocks.weight_bytes == found.chunks * 17 * size / 16
-    assert sparse.bounds["index"] == pytest.approx(4 * rows * size / 4 / 200e9)
-    assert blocks.bounds["index"] == pytest.approx(sparse.bounds["index"] / 4)
+    # a quarter of the weights, less those whose results nothing reads
+    left = [way.macs / rows for way in (sparse, blocks)]
+    assert all(size / 16 < n <= size / 4 for n in left)
+    assert sparse.weight_bytes == found.chunks * 5 * left[0]
+    assert blocks.weight_bytes == found.chunks * 17 * left[1] / 4
+    assert sparse.bounds["index"] == pytest.approx(4 * sparse.macs / 200e9)
+    assert blocks.bounds["index"] == pytest.approx(blocks.macs / 200e9)
     assert sparse.fixed is not None and mine["codebook"].fixed is None
     # a batch norm behind the layer has been folded before its weights share values: 3 bits
     assert mine["codebook"].weight_bytes == found.chunks * size * 3 / 8
