@@ -4,8 +4,8 @@
             = base[n] + sum_k x[m, k] w[k, n],  base[n] = bias[n] - x_zero sum_k w[k, n]
 
 A register tile holds mr rows times nr vectors of sums of int32. In each step it takes four bytes of
-each row of x and four rows of w, and does four multiply-adds in each lane (`simd.dot4`). Weights
-are packed for that: quads of rows side by side, in panels of nr vectors of columns.
+each row of x and four rows of w, and does four multiply-adds in each lane (`simd_int.dot4`).
+Weights are packed for that: quads of rows side by side, in panels of nr vectors of columns.
 
 Where K is not a multiple of four, the last quad covers the last four bytes of a row, and its
 weights are 0 for those that earlier quads have had: nothing beyond a row is read. The last tile of

@@ -233,44 +233,6 @@ def rank1_rows(typing, acc, A, ia, lda, B, ib, lo, hi):
     return _rank1("rank1_rows", acc, A, B, lo, hi)
 
 
-def _dot4(name: str, acc: Any, A: Any, B: Any, lo: Any = None, hi: Any = None) -> Any:
-    check_tile(name, acc)
-    check_array(name, A, types.uint8)
-    check_array(name, B, types.int8)
-    if acc.dtype != types.int32:
-        raise TypingError(f"simd.{name}: expected a Tile of int32, got {acc}")
-    vec, L = acc.vector, acc.lanes
-    bytes_ = ir.VectorType(I8, 4 * L)
-
-    def vectors(code, B, ib):
-        return [
-            code.builder.bitcast(code.load(code.at(B, ib, extra=4 * j * L), bytes_), vec)
-            for j in range(acc.nr)
-        ]
-
-    def row(code, x, A, ia, lda, b, i):
-        pointer = code.builder.bitcast(code.at(A, ia, i, lda), I32.as_pointer())
-        a = code.splat(code.builder.load(pointer, align=1), L)
-        return [code.dot4(x[i][j], a, b[j]) for j in range(acc.nr)]
-
-    return _update(acc, (acc, A, OFFSET, OFFSET, B, OFFSET), vectors, row, lo, hi)
-
-
-@tile_intrinsic
-def dot4(typing, acc, A, ia, lda, B, ib):
-    """acc[i, j, l] += sum_{t<4} A[ia + i lda + t] B[ib + 4 (j L + l) + t]; A uint8, B int8, exact.
-
-    acc int32, wrapping around. On little-endian processors.
-    """
-    return _dot4("dot4", acc, A, B)
-
-
-@tile_intrinsic
-def dot4_rows(typing, acc, A, ia, lda, B, ib, lo, hi):
-    """As `dot4`, in rows lo <= i < hi only. A is not read for others; constants save branches."""
-    return _dot4("dot4_rows", acc, A, B, lo, hi)
-
-
 @tile_intrinsic
 def rolled(typing):
     """No instruction: LLVM leaves the loop that calls it as it is.

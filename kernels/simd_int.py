@@ -1,9 +1,8 @@
 """Primitives of integer kernels: bytes into tiles of int32, and sums of int32 out as bytes.
 
-They follow the rules of `kernels.simd`, whose `dot4` makes the sums. Nothing here depends on the
-instruction set, and everything gives the same bits at every level: integers are exact or wrap
-around, and no floating-point result has more than one operation between two roundings, so that
-there is nothing to fuse or to reorder.
+They follow the rules of `kernels.simd`. Nothing here depends on the instruction set, and everything
+gives the same bits at every level: integers are exact or wrap around, and no floating-point result
+has more than one operation between two roundings, so that there is nothing to fuse or to reorder.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators

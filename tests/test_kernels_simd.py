@@ -15,7 +15,7 @@ import pytest
 from borders import bordered
 from numba import types
 
-from kernels import _jit, _levels, product, simd
+from kernels import _jit, _levels, product, simd, simd_int
 from kernels._jit import jit
 
 MR, NR = simd.TILE
@@ -191,8 +191,8 @@ def _dots(A, B, C, K, W):
     acc = simd.zeros(MR, NR, C)
     for k in range(0, K, 4):
         simd.rolled()
-        acc = simd.dot4(acc, A, k, K, B, k * W)
-    acc = simd.dot4_rows(acc, A, 0, K, B, 0, 1, 3)
+        acc = simd_int.dot4(acc, A, k, K, B, k * W)
+    acc = simd_int.dot4_rows(acc, A, 0, K, B, 0, 1, 3)
     simd.store(acc, C, 0, W)
 
 

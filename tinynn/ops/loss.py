@@ -17,22 +17,27 @@ from tinynn.tensor import Tensor, apply
 
 
 @dataclass(frozen=True)
-class Softmax(Op):
-    """exp(x_i) / sum_j exp(x_j) along `axis`, shifted by the maximum against overflow."""
+class _Normalised(Op):
+    """An op that normalises along `axis`, and whose gradient needs its result only."""
 
     axis: int = -1
-
-    variants = {
-        "numpy": lambda x, axis: _softmax(x, axis),
-        "reference": reference.softmax,
-    }
-    samples = staticmethod(lambda: [Sample(Softmax(), ((3, 4),)), Sample(Softmax(0), ((3, 4),))])
 
     def forward(self, *arrays: Array) -> tuple[Array, Saved]:
         if not arrays[0].size:
             raise self.reject("at least one element", *arrays)
         y = self.kernel()(arrays[0], self.axis)
         return y, (y,)
+
+
+@dataclass(frozen=True)
+class Softmax(_Normalised):
+    """exp(x_i) / sum_j exp(x_j) along `axis`, shifted by the maximum against overflow."""
+
+    variants = {
+        "numpy": lambda x, axis: _softmax(x, axis),
+        "reference": reference.softmax,
+    }
+    samples = staticmethod(lambda: [Sample(Softmax(), ((3, 4),)), Sample(Softmax(0), ((3, 4),))])
 
     def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
         (y,) = saved
@@ -41,22 +46,14 @@ class Softmax(Op):
 
 
 @dataclass(frozen=True)
-class LogSoftmax(Op):
+class LogSoftmax(_Normalised):
     """x_i - log(sum_j exp(x_j)) along `axis`."""
-
-    axis: int = -1
 
     variants = {
         "numpy": lambda x, axis: _log_softmax(x, axis),
         "reference": lambda x, axis: reference.elementwise(math.log, reference.softmax(x, axis)),
     }
     samples = staticmethod(lambda: [Sample(LogSoftmax(), ((3, 4),))])
-
-    def forward(self, *arrays: Array) -> tuple[Array, Saved]:
-        if not arrays[0].size:
-            raise self.reject("at least one element", *arrays)
-        y = self.kernel()(arrays[0], self.axis)
-        return y, (y,)
 
     def backward(self, grad: Array, saved: Saved) -> tuple[Array | None, ...]:
         (y,) = saved
