@@ -153,44 +153,60 @@ def _run(problems: list[tuple[Suite, Case]], options: argparse.Namespace) -> int
     load = (facts["load_average"] or [0.0])[0]
     if load > _BUSY_LOAD:
         _warn(f"the load average is {load}: other work may disturb the figures")
-    if options.json is not None:  # find out now, not after minutes of measuring
-        _check_writable(options.json.parent)
-    if options.out is not None:
-        _check_writable(options.out)
+    for directory in (options.json and options.json.parent, options.out):
+        if directory is not None:  # find out now, not after minutes of measuring
+            _check_writable(directory)
     settings = QUICK if options.quick else Settings()
     if options.rounds is not None:
         settings = replace(settings, rounds=options.rounds)
-    races: list[Race] = []
-    records: list[Record] = []
-    work: dict[str, Work] = {}
     with Team(settings) as team:
-        counts = sorted({case.threads for _, case in problems if case.threads <= max_threads()})
-        limits = roofline.limits(counts, remeasure=options.remeasure)
-        for entry in limits:
-            if not entry.trustworthy():
-                _warn(f"limits of {entry.threads} threads vary by {entry.spread:.0%}; not kept")
+        limits = _limits(problems, options)
         print("\n".join([f"{facts['cpu']['name']}", *report.limits_lines(limits), ""]), flush=True)
-        roof = {entry.threads: entry for entry in limits}
-        try:
-            for suite, case in problems:
-                race = team.race(suite, case, _chosen(suite, case, options))
-                work[str(case)] = suite.work(case)
-                found = records_of(race, work[str(case)], roof.get(case.threads))
-                print("\n".join(report.case_lines(race, work[str(case)], found)), flush=True)
-                races.append(race)
-                records += found
-        except KeyboardInterrupt:
-            _warn(f"interrupted after {len(races)} of {len(problems)} cases")
-            if not races:
-                raise
+        races, records, work = _raced(team, problems, limits, options)
     content = _content(facts, races, limits, records)
-    noisy = [race for race in races if _spread(race) > _NOISY_SPREAD]
     _finish(content, work, [suite for suite, _ in problems[: len(races)]], options)
+    noisy = [race for race in races if _spread(race) > _NOISY_SPREAD]
     if noisy:
         _warn(f"{len(noisy)} of {len(races)} cases vary by more than {_NOISY_SPREAD:.0%}")
     if len(races) < len(problems):
         return _INTERRUPTED
     return 0 if all(OURS in race.timings for race in races) else 1
+
+
+def _limits(problems: list[tuple[Suite, Case]], options: argparse.Namespace) -> list[Limits]:
+    """What the machine reaches with each number of threads that is asked for."""
+    counts = sorted({case.threads for _, case in problems if case.threads <= max_threads()})
+    limits = roofline.limits(counts, remeasure=options.remeasure)
+    for entry in limits:
+        if not entry.trustworthy():
+            _warn(f"limits of {entry.threads} threads vary by {entry.spread:.0%}; not kept")
+    return limits
+
+
+def _raced(
+    team: Team,
+    problems: list[tuple[Suite, Case]],
+    limits: list[Limits],
+    options: argparse.Namespace,
+) -> tuple[list[Race], list[Record], dict[str, Work]]:
+    """Time one case after the other; interrupted after some, give these."""
+    races: list[Race] = []
+    records: list[Record] = []
+    work: dict[str, Work] = {}
+    roof = {entry.threads: entry for entry in limits}
+    try:
+        for suite, case in problems:
+            race = team.race(suite, case, _chosen(suite, case, options))
+            work[str(case)] = suite.work(case)
+            found = records_of(race, work[str(case)], roof.get(case.threads))
+            print("\n".join(report.case_lines(race, work[str(case)], found)), flush=True)
+            races.append(race)
+            records += found
+    except KeyboardInterrupt:
+        _warn(f"interrupted after {len(races)} of {len(problems)} cases")
+        if not races:
+            raise
+    return races, records, work
 
 
 def _merge(options: argparse.Namespace) -> int:
