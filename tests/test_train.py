@@ -73,6 +73,13 @@ def test_training_reduces_the_loss_and_records_epochs() -> None:
     assert s.optimizer.lr == 0.01  # the schedule's last rate does not stick
 
 
+def test_records_say_the_rate_although_checkpoints_are_written_between(tmp_path):
+    s = Setting()
+    history = s.fit(epochs=3, checkpoint=tmp_path / "c.safetensors", checkpoint_seconds=0.0)
+    expected = [Cosine(total=60).lr(record["step"] - 1, 0.01) for record in history.records]
+    assert [record["lr"] for record in history.records] == expected
+
+
 def test_same_seed_same_weights() -> None:
     a, b = Setting(), Setting()
     a.fit(epochs=2)

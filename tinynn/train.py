@@ -132,8 +132,9 @@ def fit(
     def save() -> None:
         _require_finite_parameters(model, at.step)
         if checkpoint is not None:
-            optimizer.lr = base_lr
+            now, optimizer.lr = optimizer.lr, base_lr
             save_checkpoint(checkpoint, model, optimizer, schedule, data, at, history.records)
+            optimizer.lr = now
 
     optimizer.zero_grad()
     finished = bool(history.records) and until is not None and at.batches == 0 and until(history)
