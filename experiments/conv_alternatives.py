@@ -180,7 +180,8 @@ def figures(out: Path, runs: list[Record]) -> list[Path]:
                     members = [r for r in runs if (r["dataset"], r["kind"]) == (dataset, kind)]
                     x = [unit * r[cost] for r in members]
                     y = [100 * r["accuracy"] for r in members]
-                    ax.scatter(x, y, color=colour, label=kind, alpha=0.8)
+                    if members:  # nothing in the legend that was not run
+                        ax.scatter(x, y, color=colour, label=kind, alpha=0.8)
                 names = {"multiply_adds": "multiply-adds of an image, M"}
                 ax.set(xlabel=names.get(cost, "ms of a training step"), ylabel="test accuracy, %")
                 ax.set(title=dataset, xlim=(0, None))
