@@ -178,15 +178,31 @@ def test_a_taught_model_is_trained_towards_its_teacher(tmp_path: Path) -> None:
     assert far([load]) == 0 and far([*hurt, tune]) < 0.5 * far(hurt)
 
 
+class Logarithm(nn.Module):
+    """What no plan has: log(softmax(x)) of a layer without multiplications."""
+
+    def __init__(self) -> None:
+        self.layer = nn.AdditiveLinear(3, 4, rng=np.random.default_rng(0))
+
+    def forward(self, x: tn.Tensor) -> tn.Tensor:
+        return tn.ops.log_softmax(self.layer(x))
+
+
 def test_a_model_that_no_plan_expresses_is_run_itself_and_said_to_be() -> None:
-    rng = np.random.default_rng(0)
-    model = nn.Sequential(nn.AdditiveLinear(3, 4, rng=rng))
+    model = Logarithm()
     runs = Executable.of(model, X[0, 0])
     c = costs(runs, X[0, 0])
     assert c["executed_as"] == "model" and c["kernels"] is None
     assert c["bytes"] == c["content_bytes"] == 4 * 20  # without a file around them
     np.testing.assert_array_equal(runs(X[0, 0]), model(tn.Tensor(X[0, 0])).data)
     assert c["energy_joules"]["arithmetic"] == pytest.approx(2 * 6 * 12 * 0.9e-12)
+
+
+def test_additions_cost_less_energy_in_a_plan_too() -> None:
+    model = nn.Sequential(Logarithm().layer)
+    c = costs(Executable.of(model, X[0, 0, :1]), X[0, 0, :1])
+    assert c["executed_as"] == "plan" and c["executed_multiply_adds"] == 2 * 12
+    assert c["energy_joules"]["arithmetic"] == pytest.approx(2 * 12 * 0.9e-12)
 
 
 def test_deflated_streams_come_near_their_entropy() -> None:
