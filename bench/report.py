@@ -115,7 +115,7 @@ def plot_summary(summary: Sequence[Record], path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.set_xlabel("peer's time / ours: from the worst case to the geometric mean")
-    figure.legend(fontsize=7, loc="outside upper center", ncols=max(1, len(peers)))
+    figure.legend(fontsize=7, loc="outside upper center", ncols=5)
     save(figure, path)
 
 
