@@ -7,21 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_deploy import MODELS as COMMON
 
 import tinynn as tn
 from tinynn import deploy, nn
-from tinynn.models import thesis
 
 Make = Callable[[np.random.Generator], nn.Module]
 
 MODELS: dict[str, tuple[Make, tuple[int, ...]]] = {
-    "small_cifar": (lambda r: thesis.small_cifar(rng=r), (16, 16, 3)),
-    "bottleneck": (
-        lambda r: nn.Sequential(
-            nn.BottleneckBlock(16, 16, rng=r), nn.BottleneckBlock(16, 32, stride=2, rng=r)
-        ),
-        (8, 8, 16),
-    ),
+    **{name: COMMON[name] for name in ("small_cifar", "bottleneck")},
     "inception": (
         lambda r: nn.Sequential(
             nn.InceptionBlock(8, (4, 8, 8, 4), rng=r),

@@ -2,7 +2,8 @@
 
 Where pruning has emptied a depthwise channel, or a row of a layer's weights, whatever makes that
 channel is computed for nothing. What is read is passed on from the network's result to its input,
-channel by channel. No other number of any result changes.
+channel by channel. No other number of a result changes, unless such a channel would overflow: zero
+times infinity is left out with it, as in sparse kernels.
 """
 
 from __future__ import annotations
