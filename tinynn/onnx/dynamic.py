@@ -7,8 +7,8 @@ those of ConvInteger and MatMulInteger without the zero point of the images: wit
     sum_k n[k] w[k, m] = sum_k q[k] w[k, m] + low sum_k w[k, m]      over taps inside the image
 
 where the second sum is constant, but for borders, where it is the ConvInteger of an image of ones.
-Weights are written as uint8 with zero point 128: of uint8 with int8, AVX2's instruction (vpmaddubsw)
-saturates the sum of two products in 16 bits, and a runtime may use it.
+Weights are written as uint8 with zero point 128: of uint8 with int8, AVX2's vpmaddubsw saturates
+the sum of two products in 16 bits, and a runtime may use it.
 """
 
 from __future__ import annotations

@@ -402,7 +402,7 @@ def _scattered(call: Call, x: Data, where: int, rows: np.ndarray) -> tuple[Modul
         return None
     places = {int(c): i for i, c in enumerate(rows) if padded is not None and c < padded - 1}
     alone = padded is not None and len(places) == padded - 1 == sum(rows < padded - 1)
-    if not alone or rows.min() < 0 or padded is None or rows.max() >= padded:
+    if not rows.size or not alone or padded is None or not 0 <= rows.min() <= rows.max() < padded:
         return None
     builder.steps.pop()
     del builder.parts[step], builder.values[name]
