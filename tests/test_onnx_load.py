@@ -196,6 +196,17 @@ def test_what_is_loaded_is_trained_saved_and_pruned(tmp_path: Path) -> None:
             (2, 4),
         ),
         ([node("Relu", "w", "a"), node("Add", "a x", "y")], {"w": normal(2, 4)}, (2, 4)),
+        # channels among zeros, in another order; none of none
+        (
+            [node("Pad", "x p", "a"), node("Gather", "a rows", "y", axis=1)],
+            {"p": [0, 0, 0, 1], "rows": [1, 3, 0, 3, 2]},
+            (2, 3),
+        ),
+        (
+            [node("Pad", "x p", "a"), node("Gather", "a rows", "y", axis=1)],
+            {"p": [0, 0, 0, 1], "rows": np.zeros(0, np.int64)},
+            (2, 0),
+        ),
     ],
 )
 def test_small_graphs_compute_what_onnxruntime_computes(
