@@ -201,23 +201,30 @@ def user_cache_dir() -> Path:
     return base / "tinynn"
 
 
+@cache
+def _imports(source: bytes) -> tuple[str, ...]:
+    """The files of this package that a source imports. Cached, as most are asked for many times."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{a.name}" for a in node.names] + [f"{node.module}"]
+        for name in names:
+            package, _, module = name.partition(".")
+            if package == __package__:
+                found.append(f"{module.partition('.')[0]}.py")
+    return tuple(found)
+
+
 def _sources(file: Path) -> list[Path]:
     """The file and whatever it imports from this package, directly or not."""
     found: list[Path] = []
     left = [file]
     while left:
         source = left.pop()
-        if source in found or not source.is_file():
-            continue
-        found.append(source)
-        for node in ast.walk(ast.parse(source.read_bytes())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [f"{node.module}.{a.name}" for a in node.names] + [f"{node.module}"]
-            for name in names:
-                package, _, module = name.partition(".")
-                if package == __package__:
-                    left.append(_HERE / f"{module.partition('.')[0]}.py")
+        if source not in found and source.is_file():
+            found.append(source)
+            left.extend(_HERE / name for name in _imports(source.read_bytes()))
     return sorted(found, key=lambda source: source.name)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -95,6 +94,8 @@ def _smooth(field: Array) -> Array:
 @functools.cache
 def _alphabet() -> Array:
     """Drawings (fonts * 10, side, side) uint8, white on black; of each font the digits in order."""
+    import matplotlib  # here: it takes a tenth of a second to import
+
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     fonts = sorted({path for name in _FONTS for path in folder.glob(f"{name}.ttf")})
     fonts = [path for path in fonts if "Display" not in path.name]  # these have no digits
