@@ -85,12 +85,16 @@ def check(got, expected, dtype):
 
 
 # float64 is drawn by test_any_geometry, too: here whole tiles, strides, tails and a multiplier.
+# Compiling a parallel version takes three times as long: a layer of each kind stands for all.
 @pytest.mark.parametrize(
-    "case, dtype",
-    [(c, np.float32) for c in CASES] + [(CASES[i], np.float64) for i in (0, 3, 8, 10)],
+    "variant, case, dtype",
+    [("serial", c, np.float32) for c in CASES]
+    + [("serial", CASES[i], np.float64) for i in (0, 3, 8, 10)]
+    + [("parallel", CASES[i], np.float32) for i in (0, 1, 2, 4, 6, 8, 9)],
     ids=str,
+    indirect=["variant"],
 )
-def test_forward_and_gradients(case, dtype):
+def test_forward_and_gradients(variant, case, dtype):
     arrays = problem(case, dtype)
     check(ours(*arrays), exact(*arrays), dtype)
 
