@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,8 @@ _QUIET_SPREAD = 0.15
 _CALL_FLOPS = 200e6  # a call lasts a few milliseconds
 _CALL_BYTES = 100e6
 _FMA_ELEMENTS = 1024
+
+B = TypeVar("B", bound=str)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,28 @@ class Limits:
     ) -> float:
         """The least time for the arithmetic and the traffic together: the larger of the two."""
         return max(self.compute_seconds(flops), self.memory_seconds(nbytes, working_set))
+
+
+class Bounded(Generic[B]):
+    """Work beside its lower bounds: subclasses say both, in seconds."""
+
+    seconds: float | None  #: measured
+    bounds: dict[B, float]  #: the least time, by what sets it
+
+    @property
+    def bound(self) -> float:
+        """The least time, in seconds: the largest of the bounds."""
+        return max(self.bounds.values())
+
+    @property
+    def limited_by(self) -> B:
+        """Which bound that is."""
+        return max(self.bounds, key=lambda name: self.bounds[name])
+
+    @property
+    def share(self) -> float:
+        """The least time as a share of the measured one: 1 is as fast as can be."""
+        return self.bound / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from kernels.timing import Timing
 from tinynn.explain.rules import sentence
 from tinynn.explain.show import table
 from tinynn.op import Shape
-from tinynn.roofline import Limits
+from tinynn.roofline import Bounded, Limits
 
 Bound = Literal["compute", "memory", "index", "overhead"]
 
@@ -18,7 +18,7 @@ DENSE = "dense"
 
 
 @dataclass(frozen=True)
-class Way:
+class Way(Bounded[Bound]):
     """A layer run by one technique, on the whole batch."""
 
     technique: str
@@ -29,21 +29,6 @@ class Way:
     bounds: dict[Bound, float]  #: lower bounds in seconds, from these
     rank: int | None = None  #: of factors that stand for the layer
     fixed: float | None = None  #: seconds that remain with hardly a weight left; sparse ways only
-
-    @property
-    def bound(self) -> float:
-        """The least time, in seconds: the largest of the bounds."""
-        return max(self.bounds.values())
-
-    @property
-    def limited_by(self) -> Bound:
-        """Which bound that is."""
-        return max(self.bounds, key=lambda name: self.bounds[name])
-
-    @property
-    def share(self) -> float:
-        """The least time as a share of the measured one: 1 is as fast as can be."""
-        return self.bound / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True)

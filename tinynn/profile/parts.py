@@ -9,7 +9,7 @@ from typing import Any, Literal
 from kernels.timing import Timing
 from tinynn.op import Shape
 from tinynn.profile.show import picture, table
-from tinynn.roofline import Limits
+from tinynn.roofline import Bounded, Limits
 from tinynn.storage import PathLike, write_bytes
 
 Bound = Literal["compute", "memory", "overhead"]
@@ -17,7 +17,7 @@ BOUNDS: tuple[Bound, ...] = ("compute", "memory", "overhead")
 
 
 @dataclass(frozen=True)
-class Pass:
+class Pass(Bounded[Bound]):
     """An op in one direction: its work, its time, and its lower bounds, in seconds."""
 
     seconds: float  #: median over the rounds
@@ -36,21 +36,6 @@ class Pass:
             "overhead": overhead,
         }
         return cls(seconds, macs, nbytes, bounds)
-
-    @property
-    def bound(self) -> float:
-        """The least time, in seconds: the largest of the bounds."""
-        return max(self.bounds.values())
-
-    @property
-    def limited_by(self) -> Bound:
-        """Which bound that is."""
-        return max(self.bounds, key=lambda name: self.bounds[name])
-
-    @property
-    def share(self) -> float:
-        """The least time as a share of the measured one: 1 is as fast as can be."""
-        return self.bound / self.seconds if self.seconds else 0.0
 
     @property
     def intensity(self) -> float:
