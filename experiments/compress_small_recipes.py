@@ -59,7 +59,7 @@ def gradually(sparsity: float, epochs: float) -> Record:
     return {**tune(epochs), "sparsity": sparsity, "scope": "global"}
 
 
-PRUNED, MORE_PRUNED = [gradually(0.7, 12.0), tune(6.0)], [gradually(0.9, 2.0)]
+PRUNED, MORE_PRUNED = [gradually(0.7, 12.0)], [gradually(0.9, 2.0)]
 NIBBLES = do("4 bits", clip=False, allocate=False, scales=8)
 SLIM = [do("channels", importance="l2", kept=0.7), tune(1.0)]
 
