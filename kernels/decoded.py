@@ -2,13 +2,14 @@
 
 Weights are a stream, row by row of the matrix (K, N), decoded sixteen at a time (`simd_decode`).
 Decoding inside the register tile would repeat it for every six rows of x, and the tile has no
-register left for it. So some rows of the matrix are decoded into a buffer that stays in the
-second-level cache, and the dense tile runs over them for all rows of x before the next are decoded:
+register left for it. So a part of the matrix is decoded into a buffer that stays in the
+second-level cache, the columns of a tile together where sixteen divides the columns, and the dense
+tile runs over it for all rows of x before the next part is decoded:
 
-    Y[m, n] += sum X[m, k] D[k, n],  k in this part of the rows
+    Y[m, n] += sum X[m, k] D[k, n],  k, n in this part
 
-Each weight is decoded once for up to 240 rows of x. For one row of x, which is limited by the
-memory the weights come from, there is less to read.
+Each weight is decoded once for up to 240 rows of x. For one row of x it is multiplied where it is
+decoded: there is less to read, and no buffer.
 
 A convolution decodes all its weights first, once a call, and runs as `kernels.conv`.
 """
@@ -31,7 +32,9 @@ from kernels.product import _aligned
 SLACK = 32  # bytes behind a stream that may be read
 _BUFFER_BYTES = 128 * 1024
 _BLOCK_ROWS = 240  # of x, for which weights are decoded once
-_PARTS = 16  # of the sum over k, where x has few rows
+_PARTS = 16  # of the sum over k or of the columns, where x has few rows
+_WIDE = 128  # columns decoded at a time, at most: a part of a row that fills cache lines
+_DEPTH = 512  # rows decoded at a time, at most
 
 
 def _all(kind: int) -> Any:
@@ -48,46 +51,57 @@ def _all(kind: int) -> Any:
 
 
 def _products(kind: int, mr: int, nr: int) -> Any:
-    def products(X, S, book, columns, bias, low, Y, N, block, depth, D):
+    def products(X, S, book, columns, bias, low, Y, N, block, cut, onto, D):
         # Y[c, m, n] = max(bias[n] + sum_k X[m, k] W[k, n], low), k of part c only
-        # X (>= mr rows, K), Y (parts, M, N), bias (N,); depth: rows of W decoded at a time, a
-        # multiple of 16; scratch D (slots, depth N + W)
+        # and what is in Y before, if `onto`, inside the maximum
+        # X (>= mr rows, K), Y (parts, M, N), bias (N,); cut, scratch D (slots, size): see `Cut`
+        depth, wide, panels, _ = cut
         parts, M = Y.shape[0], Y.shape[1]
         rows, K = X.shape
         W = nr * simd.lanes(Y)
+        # W[k, n] at k ld + n // W step + n % W, without panels just at k N + n
+        ld, step = (W, depth * W) if panels else (N, W)
         steps = (K + depth - 1) // depth
         blocks = (M + block - 1) // block
-        tasks, slots = parts * blocks, len(D)
+        stripes = (N + wide - 1) // wide
+        tasks, slots = parts * blocks * stripes, len(D)
         for slot in prange(slots):
             d = D[slot]
             for task in range(tasks * slot // slots, tasks * (slot + 1) // slots):
-                c, r = task // blocks, task % blocks
+                c, r, first = task // stripes // blocks, task // stripes % blocks, task % stripes
+                first, cols = first * wide, min(wide, N - first * wide)
                 s_lo, s_hi = steps * c // parts, steps * (c + 1) // parts
                 for s in range(s_lo, s_hi):
                     k_lo, k_hi = s * depth, min(K, s * depth + depth)
-                    base = k_lo * N
-                    for i in range(base, k_hi * N, 16):
-                        count = min(16, k_hi * N - i)
-                        simd_decode.decode(
-                            kind, S, i, book, i % columns, columns, d, i - base, count
-                        )
-                    for n in range(0, N, W):
-                        part = min(W, N - n)
+                    base = k_lo * N + first
+                    lines, length = (k_hi - k_lo, cols) if panels else (1, (k_hi - k_lo) * N)
+                    for line in range(lines):
+                        for n in range(0, length, 16):
+                            i, at = base + line * N + n, line * ld + n // W * step + n % W
+                            count = min(16, length - n)
+                            simd_decode.decode(kind, S, i, book, i % columns, columns, d, at, count)
+                    for n in range(0, cols, W):
+                        part = min(W, cols - n)
                         for m in range(r * block, min(M, r * block + block), mr):
                             start = min(m, rows - mr)
                             lo, hi = m - start, min(mr, M - start)
-                            iy = (c * M + start) * N + n
+                            iy = (c * M + start) * N + first + n
                             acc = simd.zeros(mr, nr, Y)
-                            ix, iw = start * K + k_lo, n
+                            ix, iw = start * K + k_lo, n // W * step
                             for _ in range(k_hi - k_lo):
                                 simd.rolled()
                                 acc = simd.rank1(acc, X, ix, K, d, iw)
                                 ix += 1
-                                iw += N
-                            if s > s_lo:
-                                acc = simd.add(acc, simd.load_part(mr, nr, Y, iy, N, lo, hi, part))
+                                iw += ld
+                            if s > s_lo or onto:
+                                if lo == 0 and hi == mr and part == W:
+                                    acc = simd.add(acc, simd.load(mr, nr, Y, iy, N))
+                                else:
+                                    old = simd.load_part(mr, nr, Y, iy, N, lo, hi, part)
+                                    acc = simd.add(acc, old)
                             if s == s_hi - 1:
-                                acc = simd.add(acc, simd.load_part(1, nr, bias, n, 0, 0, 1, part))
+                                added = simd.load_part(1, nr, bias, first + n, 0, 0, 1, part)
+                                acc = simd.add(acc, added)
                                 acc = simd.maximum(acc, simd.fill(1, nr, Y, low))
                             if lo == 0 and hi == mr and part == W:
                                 simd.store(acc, Y, iy, N)
@@ -95,6 +109,71 @@ def _products(kind: int, mr: int, nr: int) -> Any:
                                 simd.store_part(acc, Y, iy, N, lo, hi, part)
 
     return products
+
+
+def _rows(kind: int) -> Any:
+    V = 16 // simd.LANES
+
+    def rows(X, S, book, columns, bias, low, Y, wide, onto):
+        # Y[m, n] = max(bias[n] + sum_k X[m, k] W[k, n], low), each weight decoded where it is used
+        # and what is in Y before, if `onto`, inside the maximum
+        # X (M, K), Y (M, N), bias (N,); N and wide, the columns of a task, multiples of 16
+        (M, K), N = X.shape, Y.shape[1]
+        stripes = (N + wide - 1) // wide
+        least = simd.fill(1, 1, Y, low)
+        for task in prange(M * stripes):
+            m, first = task // stripes, task % stripes * wide
+            end = min(N, first + wide)
+            for k in range(0, K, 4):
+                for n in range(first, end, 16):
+                    ix, i, iy = m * K + k, k * N + n, m * N + n
+                    if k == 0:
+                        acc = simd.load(1, V, bias, n, 0)
+                        if onto:
+                            acc = simd.add(acc, simd.load(1, V, Y, iy, 0))
+                    else:
+                        acc = simd.load(1, V, Y, iy, 0)
+                    if k + 4 <= K:
+                        for j in range(4):
+                            at = i + j * N
+                            w = simd_decode.decoded(kind, S, at, book, at % columns, columns)
+                            acc = simd.fma(acc, w, simd.spread(1, X, ix + j, 0))
+                    else:
+                        for j in range(K - k):
+                            at = i + j * N
+                            w = simd_decode.decoded(kind, S, at, book, at % columns, columns)
+                            acc = simd.fma(acc, w, simd.spread(1, X, ix + j, 0))
+                    if k + 4 >= K:
+                        acc = simd.maximum(acc, least)
+                    simd.store(acc, Y, iy, 0)
+
+    return rows
+
+
+class Cut(NamedTuple):
+    """What of the weights is decoded at a time."""
+
+    depth: int  #: rows, a multiple of 16
+    wide: int  #: columns: all, or a multiple of a tile's
+    panels: bool  #: whether the columns of each tile lie together
+    size: int  #: of the buffer, in weights
+
+
+def cut(K: int, N: int, nr: int, wide: int = _WIDE) -> Cut:
+    """For tiles of nr vectors. Weights are decoded sixteen at a time: N may not allow panels.
+
+    Rows of many columns, one below the other, would share a few places of the nearest cache.
+    """
+    width = nr * simd.LANES
+    panels = N % 16 == 0 and width % 16 == 0
+    if panels:
+        stripes = -(-N // wide)
+        wide = -(-N // (stripes * width)) * width
+    else:
+        wide = N
+    depth = max(16, _BUFFER_BYTES // (4 * wide) // 16 * 16)
+    depth = min(depth, -(-K // 16) * 16, _DEPTH)
+    return Cut(depth, wide, panels, depth * wide + width)
 
 
 class Stream(NamedTuple):
@@ -130,6 +209,12 @@ def product_kernel(kind: int, mr: int, nr: int) -> Variants:
     return Variants(_products(kind, mr, nr))
 
 
+@cache
+def rows_kernel(kind: int) -> Variants:
+    """Of a linear layer of one row whose columns are a multiple of 16: see `_rows`."""
+    return Variants(_rows(kind))
+
+
 def unpack(packed: Packed) -> np.ndarray:
     """The weights, float32."""
     out = memory.empty(packed.shape, np.float32)
@@ -158,34 +243,44 @@ def linear(
     x, added = operands(name, x, bias, N)
     y = result(name, (len(x), N), out)
     M = len(x)
+    low = np.float32(0 if relu else -np.inf)
+    parallel = worth_threads(M * K * N)
+    if alone(M, N):
+        wide = -(-N // (_PARTS * 16)) * 16 if parallel else N
+        rows_kernel(kind).choose(M * K * N)(x, data, book, columns, added, low, y, wide, False)
+        return y
     nr = 1 if N <= simd.LANES else simd.TILE[1]  # few kernels to compile
     mr = 1 if M < 3 else simd.ROWS[nr]
     if mr > M:
         padded = np.zeros((mr, K), np.float32)
         padded[:M] = x
         x = padded
-    depth = max(16, _BUFFER_BYTES // (4 * N) // 16 * 16)
-    parallel = worth_threads(M * K * N)
     blocks = -(-M // _BLOCK_ROWS)
+    few = parallel and blocks == 1
+    how = cut(K, N, nr, min(_WIDE, -(-N // _PARTS)) if few else _WIDE)
     parts = 1
-    if parallel and blocks == 1:
-        depth = max(16, min(depth, -(-K // (_PARTS * 16)) * 16))
+    if few and not how.panels:
+        depth = max(16, min(how.depth, -(-K // (_PARTS * 16)) * 16))
+        how = how._replace(depth=depth)
         parts = min(_PARTS, -(-K // depth))
-    depth = min(depth, -(-K // 16) * 16)
     block = -(-M // (blocks * mr)) * mr
     sums = y.reshape(1, M, N) if parts == 1 else memory.empty((parts, M, N), np.float32)
-    low = np.float32(0 if relu else -np.inf)
-    slots = min(get_threads(), parts * blocks) if parallel else 1
-    scratch = _aligned((slots, depth * N + nr * simd.LANES), x.dtype)
+    slots = min(get_threads(), parts * blocks * -(-N // how.wide)) if parallel else 1
+    scratch = _aligned((slots, how.size), x.dtype)
     run = product_kernel(kind, mr, nr).choose(M * K * N)
     first = added if parts == 1 else np.zeros_like(added)
     least = low if parts == 1 else np.float32(-np.inf)
-    run(x, data, book, columns, first, least, sums, N, block, depth, scratch)
+    run(x, data, book, columns, first, least, sums, N, block, tuple(how), False, scratch)
     if parts > 1:
         np.sum(sums, axis=0, out=y)  # over an outer axis: in order, by NumPy
         y += added
         np.maximum(y, low, out=y)
     return y
+
+
+def alone(M: int, N: int) -> bool:
+    """Whether a layer is run by `rows_kernel`."""
+    return M == 1 and N % 16 == 0
 
 
 def conv2d(

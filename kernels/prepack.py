@@ -252,13 +252,19 @@ def _weighted(program: Program, x: Slot, y: Slot, axes: Any, below: int) -> None
 
 
 def _add_loop(A, B, low, Y):
-    # Y[i] = max(A[i] + B[i], low);  A, B, Y (n,)
+    # Y[i] = max(A[i] + B[i], low);  A, B, Y (n,), Y may be A or B: LLVM would not vectorise that
+    W = 4 * simd.lanes(Y)
+    least = simd.fill(1, 1, Y, low)
     for c in prange((Y.size + _CHUNK - 1) // _CHUNK):
-        a, b = A[c * _CHUNK : (c + 1) * _CHUNK], B[c * _CHUNK : (c + 1) * _CHUNK]
-        y = Y[c * _CHUNK : (c + 1) * _CHUNK]
-        for i in range(y.size):
-            v = a[i] + b[i]
-            y[i] = low if v < low else v
+        end = min(Y.size, (c + 1) * _CHUNK)
+        for i in range(c * _CHUNK, end, W):
+            if i + W <= end:
+                total = simd.add(simd.load(1, 4, A, i, 0), simd.load(1, 4, B, i, 0))
+                simd.store(simd.maximum(total, least), Y, i, 0)
+            else:
+                a = simd.load_part(1, 4, A, i, 0, 0, 1, end - i)
+                total = simd.add(a, simd.load_part(1, 4, B, i, 0, 0, 1, end - i))
+                simd.store_part(simd.maximum(total, least), Y, i, 0, 0, 1, end - i)
 
 
 def _tanh_loop(X, Y):

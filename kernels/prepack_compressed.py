@@ -1,4 +1,4 @@
-"""Layers on compressed weights as calls of a `Program`: see `kernels.prepack`.
+"""Layers on compressed weights as calls of a `Program`: see `kernels.prepack`, of `onto`, too.
 
 Scratch is one slot of bytes that the caller provides, of the size that the function beside says.
 """
@@ -61,15 +61,17 @@ def sparse2d(
     y: Slot,
     win: Window,
     relu: bool,
+    onto: bool,
     carve: Carver,
 ) -> None:
     """y (B, OH, OW, N) = `sparse.conv2d` of x (B, H, W, C); without a program only counts scratch.
 
     A linear layer is the convolution of images of one pixel with a window of one.
     """
-    pixels = math.prod(y.shape[:3])
-    flat = x.shape[1:3] == y.shape[1:3] == (1, 1)
-    few = win == Window((1, 1)) and pixels <= sparse._FEW
+    pixels, flat = math.prod(y.shape[:3]), win == Window((1, 1))
+    if flat:
+        x, y = (s.reshape(pixels, 1, 1, s.shape[3]) for s in (x, y))
+    few = flat and pixels <= sparse._FEW
     scratch = _sparse_scratch(w, y, few, carve)
     if program is None:
         return
@@ -82,13 +84,13 @@ def sparse2d(
         rows = x.reshape(pixels, x.shape[3]), y.reshape(pixels, y.shape[3])
         parts = min(len(added) // sparse.GROUP, sparse._TASKS)
         kernel = sparse.rows_kernel(w.block)
-        program.add(kernel, 0, rows[0], added, _low(relu), rows[1], w.arrays, parts, *scratch)
+        program.add(kernel, 0, rows[0], added, _low(relu), rows[1], w.arrays, parts, onto, *scratch)
         return
     how = _sparse_plan(w, y)
     table = (*win.kernel, *win.stride, win.padding[0][0], win.padding[1][0], *win.dilation)
     program.add(
         sparse.kernel(w.block, how.vectors), 0,
-        x, added, _low(relu), y, w.arrays, table, how.batch_first, how.parts, flat, *scratch,
+        x, added, _low(relu), y, w.arrays, table, how.batch_first, how.parts, flat, onto, *scratch,
     )  # fmt: skip
 
 
@@ -100,19 +102,27 @@ def decoded_linear(
     bias: np.ndarray | None,
     y: Slot,
     relu: bool,
+    onto: bool,
     carve: Carver,
 ) -> None:
     """y (M, N) = x (M, K) times the weights (K, N) of a stream, decoded while it runs."""
     (M, K), N = x.shape, y.shape[1]
+    added = _bias(packed, bias, N)
+    if decoded.alone(M, N):
+        if program is not None:
+            program.add(
+                decoded.rows_kernel(w.kind), 0,
+                x, w.data, w.book, w.columns, added, _low(relu), y, N, onto,
+            )  # fmt: skip
+        return
     nr = 1 if N <= simd.LANES else simd.TILE[1]
     mr = 1 if simd.ROWS[nr] > M else simd.ROWS[nr]
-    depth = max(16, decoded._BUFFER_BYTES // (4 * N) // 16 * 16)
-    depth = min(depth, -(-K // 16) * 16)
+    how = decoded.cut(K, N, nr)
     block = -(-M // (-(-M // decoded._BLOCK_ROWS) * mr)) * mr
-    scratch = carve.take((1, depth * N + nr * simd.LANES))
+    scratch = carve.take((1, how.size))
     if program is not None:
         program.add(
             decoded.product_kernel(w.kind, mr, nr), 0,
-            x, w.data, w.book, w.columns, _bias(packed, bias, N), _low(relu),
-            y.reshape(1, M, N), N, block, depth, scratch,
+            x, w.data, w.book, w.columns, added, _low(relu),
+            y.reshape(1, M, N), N, block, tuple(how), onto, scratch,
         )  # fmt: skip

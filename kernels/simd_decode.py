@@ -1,6 +1,6 @@
-"""Sixteen compressed weights at a time: the vector primitive of code books and of float16.
+"""Sixteen compressed weights at a time: the vector primitives of code books and of float16.
 
-Not a tile: sixteen numbers are one vector or several, as LLVM sees fit, and go straight to memory.
+Sixteen numbers are one vector or several, as LLVM sees fit; they go to memory, or become a tile.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators
@@ -13,8 +13,8 @@ from llvmlite import ir
 from numba import types
 
 from kernels import simd
-from kernels._emit import I8, I16, I32, I64, constant
-from kernels._primitive import OFFSET, check_array, primitive, tile_intrinsic
+from kernels._emit import I8, I16, I32, I64, Tile, constant
+from kernels._primitive import OFFSET, check_array, lanes_of, primitive, tile_intrinsic
 
 HALF = 16  # the kind of float16; +bits and -bits are those of a shared book and one a channel
 
@@ -74,13 +74,69 @@ def _table(code: Any, codes: Any, book: Any, bits: int) -> Any:
     return found[0]
 
 
-def _gathered(code: Any, places: Any, book: Any) -> Any:
+def _short_table(code: Any, pointer: Any, book: Any, bits: int) -> Any:
+    """Sixteen weights of a book of 16 entries by codes of up to 4 bits: AVX2.
+
+    Eight codes are one word, spread over eight lanes, in each of which its own is shifted down. An
+    instruction that looks up in eight entries takes three bits of it; the fourth chooses of two.
+    """
+    b, count = code.builder, ir.VectorType(I32, 8)
+    floats, name = ir.VectorType(ir.FloatType(), 8), "llvm.x86.avx2.permps"
+    low, high = (code.load(code.at(book, I64(n)), floats) for n in (0, 8))
+    halves = []
+    for start in (0, bits):
+        word = b.bitcast(b.gep(pointer, [I64(start)]), I32.as_pointer())
+        codes = code.splat(b.load(word, align=1), 8)
+        places = b.lshr(codes, ir.Constant(count, [bits * i for i in range(8)]))
+        if bits < 3:
+            places = b.and_(places, ir.Constant(count, [(1 << bits) - 1] * 8))
+        found = code.call(name, floats, low, places)
+        if bits == 4:
+            fourth = b.shl(codes, ir.Constant(count, [28 - 4 * i for i in range(8)]))
+            beyond = b.icmp_signed("<", fourth, ir.Constant(count, None))
+            found = b.select(beyond, code.call(name, floats, high, places), found)
+        halves.append(found)
+    return code.shuffle(*halves, list(range(16)))
+
+
+def _places(code: Any, pointer: Any, bits: int) -> list[Any]:
+    """Sixteen codes of `bits` bits, one by one, of two words; 8 + `bits` bytes are read."""
+    b, places = code.builder, []
+    for start in (0, bits):
+        word = b.bitcast(b.gep(pointer, [I64(start)]), I64.as_pointer())
+        codes = b.load(word, align=1)
+        shifted = [b.lshr(codes, I64(bits * i)) for i in range(8)]
+        places += [b.and_(codes, I64((1 << bits) - 1)) for codes in shifted]
+    return places
+
+
+def _gathered(code: Any, places: list[Any], book: Any) -> Any:
     """book[place], by one load each: instructions that gather take as long."""
     b, found = code.builder, ir.Constant(_FLOATS, ir.Undefined)
-    for i in range(16):
-        place = b.zext(b.extract_element(places, I32(i)), I64)
+    for i, place in enumerate(places):
         found = b.insert_element(found, b.load(code.at(book, place)), I32(i))
     return found
+
+
+def _weights(code: Any, which: int, S: Any, i: Any, book: Any, column: Any, columns: Any) -> Any:
+    """Sixteen weights, from number i on."""
+    b, bits = code.builder, abs(which)
+    pointer = code.at(S, b.mul(b.lshr(i, I64(4)), I64(2 * bits)))
+    if which == HALF:
+        return _half(code, pointer)
+    if 0 < which <= 4 and simd.LEVEL.startswith("avx2"):
+        return _short_table(code, pointer, book, bits)
+    if which > 0 and not simd.LEVEL.startswith("avx512"):
+        return _gathered(code, _places(code, pointer, bits), book)
+    codes = _codes(code, pointer, bits)
+    if which > 0:
+        return _table(code, codes, book, bits)
+    c = b.add(code.splat(b.trunc(column, I32), 16), _STEPS)
+    limit = code.splat(b.trunc(columns, I32), 16)
+    c = b.select(b.icmp_signed("<", c, limit), c, b.sub(c, limit))
+    places = b.add(b.shl(c, ir.Constant(_V32, [bits] * 16)), codes)
+    each = [b.zext(b.extract_element(places, I32(i)), I64) for i in range(16)]
+    return _gathered(code, each, book)
 
 
 @tile_intrinsic
@@ -91,29 +147,13 @@ def decode(typing, kind, S, i, book, column, columns, D, at, count):
     book[code] is the weight. -bits: book[c 2**bits + code] is, c the weight's column: `column` for
     the first, up to `columns`, which is at least 16. S uint8, of which 32 bytes are read.
     """
-    check_array("decode", S, types.uint8)
-    check_array("decode", book, types.float32)
+    _check("decode", S, book)
     check_array("decode", D, types.float32)
     which = constant(kind)
-    bits = abs(which)
 
     def emit(code, kind, S, i, book, column, columns, D, at, count):
         b = code.builder
-        pointer = code.at(S, b.mul(b.lshr(i, I64(4)), I64(2 * bits)))
-        if which == HALF:
-            weights = _half(code, pointer)
-        else:
-            codes = _codes(code, pointer, bits)
-            if which < 0:
-                c = b.add(code.splat(b.trunc(column, I32), 16), _STEPS)
-                limit = code.splat(b.trunc(columns, I32), 16)
-                c = b.select(b.icmp_signed("<", c, limit), c, b.sub(c, limit))
-                places = b.add(b.shl(c, ir.Constant(_V32, [bits] * 16)), codes)
-                weights = _gathered(code, places, book)
-            elif simd.LEVEL.startswith("avx512"):
-                weights = _table(code, codes, book, bits)
-            else:
-                weights = _gathered(code, codes, book)
+        weights = _weights(code, which, S, i, book, column, columns)
         target = code.at(D, at)
         whole = b.icmp_signed("==", count, I64(16))
         with b.if_else(whole) as (all_, some):
@@ -124,3 +164,22 @@ def decode(typing, kind, S, i, book, column, columns, D, at, count):
 
     args = (kind, S, OFFSET, book, OFFSET, OFFSET, D, OFFSET, OFFSET)
     return primitive(types.void, args, emit)
+
+
+@tile_intrinsic
+def decoded(typing, kind, S, i, book, column, columns):
+    """A row of the sixteen weights from number i on, a multiple of 16: see `decode`."""
+    _check("decoded", S, book)
+    which, L = constant(kind), lanes_of(book)
+    tile = Tile(1, 16 // L, types.float32, L)
+
+    def emit(code, kind, S, i, book, column, columns):
+        found = _weights(code, which, S, i, book, column, columns)
+        return [[code.shuffle(found, found, list(range(n, n + L))) for n in range(0, 16, L)]]
+
+    return primitive(tile, (kind, S, OFFSET, book, OFFSET, OFFSET), emit)
+
+
+def _check(name: str, S: Any, book: Any) -> None:
+    check_array(name, S, types.uint8)
+    check_array(name, book, types.float32)

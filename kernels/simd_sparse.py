@@ -35,11 +35,27 @@ def rank1_at(typing, acc, lo, hi, A, ia, B, ib, index, ii, width):
         b = code.builder
         place = b.zext(b.load(code.at(index, ii)), I64)
         start = b.add(ib, b.mul(place, I64(W)))
-        row = [code.load(code.at(B, start, extra=j * L), vec) for j in range(acc.nr)]
-        out = list(x)
-        for i in range(first, last):
-            a = code.splat(b.load(code.at(A, ia, extra=i - first)), L)
-            out[i] = [code.fma(a, row[j], x[i][j]) for j in range(acc.nr)]
+        rows, columns = range(first, last), range(acc.nr)
+        out = [list(row) for row in x]
+
+        def number(i):
+            return code.splat(b.load(code.at(A, ia, extra=i - first)), L)
+
+        def vector(j):
+            return code.load(code.at(B, start, extra=j * L), vec)
+
+        # The shorter side is held, the longer passes by: few registers are left beside the sums.
+        if len(rows) < len(columns):
+            held = [number(i) for i in rows]
+            for j in columns:
+                v = vector(j)
+                for i, a in zip(rows, held, strict=True):
+                    out[i][j] = code.fma(a, v, x[i][j])
+        else:
+            held = [vector(j) for j in columns]
+            for i in rows:
+                a = number(i)
+                out[i] = [code.fma(a, v, x[i][j]) for j, v in enumerate(held)]
         return out
 
     return primitive(acc, (acc, lo, hi, A, OFFSET, B, OFFSET, index, OFFSET, width), emit)

@@ -44,15 +44,16 @@ _BLOCK_PIXELS = 64  # at most: 96 of their rows fill three quarters of a first-l
 _SUMS_BYTES = 256 * 1024  # of a task's results before they are turned back
 _TASKS = 8  # of one row of activations, for threads to share
 _SMALL_IMAGE = 64  # pixels, of which borders are a large part
+_OUTSIDE = -1 << 40  # a row of no image
 
 
 # --- a block of pixels ----------------------------------------------------------------------------
 
 
-@jit
+@jit(inline=True)
 def _place(X, Y, first, count, batch_first, sy, sx, py, px, at, left, up, out):
     # Pixel p of the block: at[p] where tap (0, 0) lies in X, up[p], left[p] its row and column
-    # there, out[p] where the result lies in Y; out[p] = -1 for p >= count
+    # there, out[p] where the result lies in Y; outside and -1 for p >= count
     # X (B, H, V, C), Y (B, OH, OW, N); the first rows of all images come first, so that few blocks
     # reach over a border; of a row, the first pixels of all images (batch_first) or the images
     B, H, V, C = X.shape
@@ -62,39 +63,54 @@ def _place(X, Y, first, count, batch_first, sy, sx, py, px, at, left, up, out):
         b, ox = rest % B, rest // B
     else:
         b, ox = rest // OW, rest % OW
-    for p in range(len(at)):
-        up[p], left[p] = oy * sy - py, ox * sx - px
-        at[p] = ((b * H + up[p]) * V + left[p]) * C
-        out[p] = ((b * OH + oy) * OW + ox) * N if p < count else -1
+    done = 0
+    while done < count:
+        y, x = oy * sy - py, ox * sx - px
         if batch_first:
-            b += 1
-            if b == B:
-                b, ox = 0, ox + 1
-            if ox == OW:
-                ox, oy = 0, oy + 1
+            end, step_x, step_at, step_out = done + B - b, 0, H * V * C, OH * OW * N
         else:
-            ox += 1
-            if ox == OW:
-                ox, b = 0, b + 1
-            if b == B:
-                b, oy = 0, oy + 1
+            end, step_x, step_at, step_out = done + OW - ox, sx, sx * C, N
+        end = min(end, count)
+        place, result = ((b * H + y) * V + x) * C, ((b * OH + oy) * OW + ox) * N
+        for p in range(done, end):
+            i = p - done
+            up[p], left[p] = y, x + i * step_x
+            at[p], out[p] = place + i * step_at, result + i * step_out
+        done = end
+        if batch_first:
+            b, ox = 0, ox + 1
+        else:
+            b, ox = b + 1, 0
+        if b == B or ox == OW:
+            b, ox, oy = 0, 0, oy + 1
+    for p in range(count, len(at)):
+        up[p], out[p] = _OUTSIDE, -1
 
 
-@jit
-def _find(X, count, dy, dx, at, left, up, rows):
+@jit(inline=True)
+def _line(X, Y, first, count, rows, out):
+    # As `_place` and `_find` where pixel m of Y is a sum over pixel m of X
+    C, N = X.shape[3], Y.shape[3]
+    for p in range(len(rows)):
+        rows[p] = (first + p) * C if p < count else -1
+        out[p] = (first + p) * N if p < count else -1
+
+
+@jit(inline=True)
+def _find(X, dy, dx, at, left, up, rows):
     # rows[p] = where tap (dy, dx) of pixel p lies in X, -1 outside; whether any is inside
     _, H, V, C = X.shape
     shift = (dy * V + dx) * C
-    found = False
+    none = np.int64(-1)
     for p in range(len(at)):
         y, x = up[p] + dy, left[p] + dx
-        inside = (p < count) & (y >= 0) & (y < H) & (x >= 0) & (x < V)
-        rows[p] = at[p] + shift if inside else -1
-        found |= inside
-    return found
+        outside = (y | x | (H - 1 - y) | (V - 1 - x)) >> 63  # -1 if any is negative, else 0
+        rows[p] = at[p] + shift | outside
+        none &= outside
+    return none == 0
 
 
-@jit
+@jit(inline=True)
 def _gather(X, first, channels, rows, T, place):
     # T[place + k, p] = X[rows[p] + first + k], 0 where rows[p] < 0;  0 <= k < channels
     width = T.shape[1]
@@ -109,17 +125,26 @@ def _gather(X, first, channels, rows, T, place):
                 simd.store_part(simd.transpose(tile), T, it, width, 0, channels - k, _LANES)
 
 
-@jit
-def _scatter(U, row, low, Y, first, channels, out):
+@jit(inline=True)
+def _scatter(U, row, low, onto, Y, first, channels, out):
     # Y[out[p] + first + n] = max(U[row + n, p], low), 0 <= n < channels, where out[p] >= 0
+    # and what is in Y before, if `onto`, inside the maximum
     width = U.shape[1]
+    least = simd.fill(1, 1, U, low)
     for p in range(0, width, _LANES):
         for n in range(0, channels, _LANES):
-            tile = simd.load(_LANES, 1, U, (row + n) * width + p, width)
-            tile = simd.maximum(simd.transpose(tile), simd.fill(1, 1, U, low))
+            tile = simd.transpose(simd.load(_LANES, 1, U, (row + n) * width + p, width))
             if n + _LANES <= channels:
+                if onto:
+                    old = simd_sparse.load_rows(_LANES, Y, first + n, out, p, _LANES)
+                    tile = simd.add(tile, old)
+                tile = simd.maximum(tile, least)
                 simd_sparse.store_rows(tile, Y, first + n, out, p, _LANES)
             else:
+                if onto:
+                    old = simd_sparse.load_rows(_LANES, Y, first + n, out, p, channels - n)
+                    tile = simd.add(tile, old)
+                tile = simd.maximum(tile, least)
                 simd_sparse.store_rows(tile, Y, first + n, out, p, channels - n)
 
 
@@ -131,8 +156,8 @@ def _next(first, width, flat, X):
     return start, min(start + width * X.shape[3], X.size) if flat else start
 
 
-@jit
-def _chunk(X, lo, hi, win, count, at, left, up, rows, T):
+@jit(inline=True)
+def _chunk(X, lo, hi, win, at, left, up, rows, T):
     # T[k - lo, p] = X of input k = (tap, channel) of pixel p, lo <= k < hi; whether any is inside
     _, KX, _, _, _, _, DY, DX = win
     C = X.shape[3]
@@ -141,7 +166,7 @@ def _chunk(X, lo, hi, win, count, at, left, up, rows, T):
     while k < hi:
         tap, channel = k // C, k % C
         some = min(C - channel, hi - k)
-        found |= _find(X, count, tap // KX * DY, tap % KX * DX, at, left, up, rows)
+        found |= _find(X, tap // KX * DY, tap % KX * DX, at, left, up, rows)
         _gather(X, channel, some, rows, T, k - lo)
         k += some
     return found
@@ -151,9 +176,10 @@ def _blocks(R: int, P: int) -> Any:
     W = P * _LANES
     rows_of_group = GROUP // R
 
-    def blocks(X, bias, low, Y, weights, win, batch_first, parts, flat, T, U, Z):
+    def blocks(X, bias, low, Y, weights, win, batch_first, parts, flat, onto, T, U, Z):
         # The formula at the head of the file; a task is W pixels and a part of the groups.
-        # X (B, H, V, C), Y (B, OH, OW, N), bias (16 groups,); flat: pixel m reads row m of X
+        # X (B, H, V, C), Y (B, OH, OW, N), bias (16 groups,); flat: pixel m reads pixel m of X only
+        # onto: what is in Y before is added inside the maximum
         # scratch: T (slots, longest chunk, W), U (slots, channels of a part, W), Z (slots, 5, W)
         values, indices, counts, starts, edges = weights
         _, _, sy, sx, py, px, _, _ = win
@@ -168,7 +194,10 @@ def _blocks(R: int, P: int) -> Any:
             for task in range(tasks * slot // slots, tasks * (slot + 1) // slots):
                 first, part = task // parts * W, task % parts
                 count = min(W, pixels - first)
-                _place(X, Y, first, count, batch_first, sy, sx, py, px, at, left, up, out)
+                if flat:
+                    _line(X, Y, first, count, inside, out)
+                else:
+                    _place(X, Y, first, count, batch_first, sy, sx, py, px, at, left, up, out)
                 g_lo, g_hi = groups * part // parts, groups * (part + 1) // parts
                 fresh = True
                 # What the next block reads and writes, asked for row by row
@@ -179,10 +208,10 @@ def _blocks(R: int, P: int) -> Any:
                 for c in range(chunks):
                     last = c == chunks - 1
                     live = starts[c * groups + g_lo, 0] < starts[c * groups + g_hi, 0]
-                    if live:
-                        live = _chunk(
-                            X, edges[c], edges[c + 1], win, count, at, left, up, inside, t
-                        )
+                    if live and flat:
+                        _gather(X, edges[c], edges[c + 1] - edges[c], inside, t, 0)
+                    elif live:
+                        live = _chunk(X, edges[c], edges[c + 1], win, at, left, up, inside, t)
                     if not (live or last):
                         continue
                     for g in range(g_lo, g_hi):
@@ -245,7 +274,7 @@ def _blocks(R: int, P: int) -> Any:
                         if last:
                             at_n = g * GROUP
                             size = min(GROUP, N - at_n)
-                            _scatter(u, at_n - base * GROUP, low, Y, at_n, size, out)
+                            _scatter(u, at_n - base * GROUP, low, onto, Y, at_n, size, out)
                     fresh = False
 
     return blocks
@@ -263,9 +292,10 @@ def kernel(block: int, vectors: int) -> Variants:
 def _rows(R: int) -> Any:
     rows_of_group, together, alone = GROUP // R, _LANES // R, _LANES
 
-    def rows(X, bias, low, Y, weights, parts, S):
+    def rows(X, bias, low, Y, weights, parts, onto, S):
         # Y[m, n] = max(bias[n] + sum_j values[j] X[m, edges[c] + indices[j]], low): the vectors lie
         # along the weights.  X (M, K), Y (M, N), bias (16 groups,), scratch S (M, 16 groups)
+        # onto: what is in Y before is added inside the maximum
         values, indices, counts, starts, edges = weights
         M, K = X.shape
         N = Y.shape[1]
@@ -302,7 +332,8 @@ def _rows(R: int) -> Any:
                             v, j = v + end - j, end
                         simd_sparse.add_folded(acc, 1, sums, r * R + kind - 1)
             for n in range(g_lo * GROUP, min(N, g_hi * GROUP)):
-                y[n] = low if sums[n] < low else sums[n]
+                total = sums[n] + y[n] if onto else sums[n]
+                y[n] = low if total < low else total
 
     return rows
 
@@ -333,7 +364,7 @@ def plan(pixels: int, images: int, channels: int, block: int, threads: int) -> P
     """
     registers = simd.TILE[0] * simd.TILE[1]
     most = max(1, min(_BLOCK_PIXELS // _LANES, registers // channels_of_row(block)))
-    sizes = {most, -(-most // 2)}
+    sizes = {most, -(-most // 2)} | ({4} if most == 6 else set())  # images are often 2**n large
     vectors = min(sizes, key=lambda v: (-(-pixels // (v * _LANES)) * (v + 0.5), -v))
     width = vectors * _LANES
     groups = -(-channels // GROUP)
@@ -375,7 +406,7 @@ def linear(
     run = rows_kernel(packed.block).choose(len(x) * packed.values.size)
     low = np.float32(0 if relu else -np.inf)
     sums = np.empty((len(x), len(added)), np.float32)
-    run(x, added, low, y, packed.arrays, min(len(added) // GROUP, _TASKS), sums)
+    run(x, added, low, y, packed.arrays, min(len(added) // GROUP, _TASKS), False, sums)
     return y
 
 
@@ -437,7 +468,8 @@ def _run(
         table,
         how.batch_first,
         how.parts,
-        x.shape[1:3] == y.shape[1:3] == (1, 1),
+        win == Window((1, 1)),
+        False,
         scratch[:size].reshape(how.slots, packed.depth, width),
         scratch[size:].reshape(how.slots, rows, width),
         np.empty((how.slots, 5, width), np.int64),

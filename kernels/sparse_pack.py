@@ -20,7 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kernels import simd
+
 GROUP = 16  # channels between two entries of `starts`; whole vectors on every level
+
+# Inputs of a chunk, at least. With 16 registers fewer pixels are summed at a time: of as many more
+# inputs there is room for them.
+_LEAST = 80 if simd.TILE == (6, 4) else 128
 
 #: By block, of each kind of input in the order of packing: which channels of a row have a weight.
 MEMBERS = {
@@ -136,7 +142,7 @@ def _kinds(there: np.ndarray, block: int) -> np.ndarray:
 
 def _depth(density: float, block: int) -> int:
     """Inputs of a chunk. Sparse ones are longer: a sum is kept for some weights at least."""
-    return 128 if block > 1 else int(min(192, max(80, 24 / max(density, 1e-9))))
+    return 128 if block > 1 else int(min(192, max(_LEAST, 24 / max(density, 1e-9))))
 
 
 def _edges(taps: int, channels: int, depth: int) -> np.ndarray:

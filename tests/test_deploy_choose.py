@@ -32,9 +32,10 @@ def network() -> nn.Module:
         nn.ReLU(),
         nn.Conv2d(8, 20, 3, stride=2, rng=rng),
         nn.Flatten(),
-        nn.Linear(180, 24, rng=rng),
+        nn.Linear(180, 32, rng=rng),
+        nn.Add(nn.Sequential(nn.Linear(32, 32, rng=rng)), nn.Sequential()),
         nn.ReLU(),
-        nn.Linear(24, 5, rng=rng),
+        nn.Linear(32, 5, rng=rng),
     ).eval()
 
 

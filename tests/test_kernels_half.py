@@ -81,7 +81,7 @@ def test_every_level_decodes_alike(level):
 @given(
     st.sampled_from([1, 2, 3, 7, 30, 250]),
     st.integers(1, 300),
-    st.one_of(st.integers(1, 40), st.integers(60, 70)),
+    st.one_of(st.integers(1, 40), st.sampled_from([16, 64, 70, 272])),
     st.booleans(),
 )
 def test_linear(m, k, n, relu):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels import codebook, decoded, half, prepack, sparse
+from kernels import codebook, decoded, half, sparse
 from kernels import prepack_compressed as compressed
 from kernels.geometry import Window
 from kernels.prepack_compressed import Carver
-from kernels.program import Program, Slot
+from kernels.program import Program
 from tinynn.deploy.steps import Conv, Layer, Linear, Site
 from tinynn.op import Array
 
@@ -38,7 +38,7 @@ class Kernel:
 
 
 class _Compressed(Kernel):
-    """Of linear layers and convolutions; an addition onto the result is made afterwards."""
+    """Of linear layers and convolutions."""
 
     def applies(self, layer: Layer) -> bool:
         return isinstance(layer.step, Linear | Conv) and self._fits(layer)
@@ -55,16 +55,6 @@ class _Compressed(Kernel):
         self._run(layer, site, site.program, Carver(site.scratch))
 
     def _run(self, layer: Layer, site: Site, program: Program | None, carve: Carver) -> None:
-        step, y = layer.step, site.output
-        assert isinstance(step, Linear | Conv)
-        target = carve.take(y.shape) if step.onto else y
-        self._compute(layer, site, program, target, step.relu and not step.onto, carve)
-        if step.onto and program is not None:
-            prepack.add(program, y, target, y, step.relu)
-
-    def _compute(
-        self, layer: Layer, site: Site, program: Program | None, y: Slot, relu: bool, carve: Carver
-    ) -> None:
         raise NotImplementedError
 
 
@@ -78,15 +68,16 @@ class _Sparse(_Compressed):
         w = layer.arrays["weight"]
         return bool(np.isfinite(w).all() and np.count_nonzero(w) <= (1 - _ZEROS) * w.size)
 
-    def _compute(
-        self, layer: Layer, site: Site, program: Program | None, y: Slot, relu: bool, carve: Carver
-    ) -> None:
-        w, x, win = layer.arrays["weight"], site.inputs[0], window(layer)
+    def _run(self, layer: Layer, site: Site, program: Program | None, carve: Carver) -> None:
+        step, w, x, y = layer.step, layer.arrays["weight"], site.inputs[0], site.output
+        assert isinstance(step, Linear | Conv)
         packed = site.packed.get(self.name, lambda: sparse.pack(w, self._block))
-        if isinstance(layer.step, Linear):
+        if isinstance(step, Linear):
             x, y = (s.reshape(s.shape[0], 1, 1, s.shape[1]) for s in (x, y))
-        bias = layer.arrays.get("bias")
-        compressed.sparse2d(program, site.packed, x, packed, bias, y, win, relu, carve)
+        bias, win = layer.arrays.get("bias"), window(layer)
+        compressed.sparse2d(
+            program, site.packed, x, packed, bias, y, win, step.relu, step.onto, carve
+        )
 
 
 class _Decoded(_Compressed):
@@ -98,14 +89,16 @@ class _Decoded(_Compressed):
     def _stream(self, layer: Layer) -> decoded.Stream | None:
         raise NotImplementedError
 
-    def _compute(
-        self, layer: Layer, site: Site, program: Program | None, y: Slot, relu: bool, carve: Carver
-    ) -> None:
+    def _run(self, layer: Layer, site: Site, program: Program | None, carve: Carver) -> None:
+        step = layer.step
+        assert isinstance(step, Linear | Conv)
         stream = site.packed.get(self.name, lambda: self._stream(layer))
         K, N = layer.arrays["weight"].shape[-2:]
-        x, y = site.inputs[0].reshape(-1, K), y.reshape(-1, N)
+        x, y = site.inputs[0].reshape(-1, K), site.output.reshape(-1, N)
         bias = layer.arrays.get("bias")
-        compressed.decoded_linear(program, site.packed, x, stream, bias, y, relu, carve)
+        compressed.decoded_linear(
+            program, site.packed, x, stream, bias, y, step.relu, step.onto, carve
+        )
 
 
 class _CodeBook(_Decoded):
