@@ -34,7 +34,7 @@ from kernels._jit import Variants, prepared
 from kernels.conv_weights import conv2d_weight_grad, is_pointwise
 from kernels.geometry import Window
 from kernels.product import _aligned
-from kernels.tiling import MOST, Part, cuts
+from kernels.tiling import FEW_REGISTERS, MOST, Part, cuts
 
 __all__ = ["conv2d", "conv2d_input_grad", "conv2d_weight_grad", "transposed"]
 
@@ -257,11 +257,13 @@ def _tile_cost(axis: _Axis, size: int) -> Callable[[int, float], float]:
 
     def cost(height: int, vectors: float) -> float:
         total, around = 0.0, 1 + vectors / 2
+        # multiply-adds that must be under way at once; what one with a load of its own counts
+        under_way, loads = (8, 1.5) if FEW_REGISTERS else (5, 0)
         for row in _table(axis, size, height):
             full = row[6] - row[5]
             valid = sum(row[9 + 2 * s] - row[8 + 2 * s] for s in range(row[3], row[4]))
             partial = row[4] - row[3] - full
-            total += full * (max(height * vectors, 5) + around)
+            total += full * (max(height * max(vectors, loads), under_way) + around)
             total += partial * (height + around) + (valid - full * height) * vectors
         return total + 0.01 * height
 

@@ -92,7 +92,7 @@ def _correlate(mr: int, kw: int, step: int, narrow: bool) -> Any:
                             for ky in range(ky_lo, ky_hi):
                                 row = (b * H + y0 + ky * dy) * N
                                 for kx in range(0, KW, kw):
-                                    simd.rolled()
+                                    simd.rolled_32()
                                     iw = (first + ky * wy + kx * wx) * width + c
                                     w = simd.load(kw, 1, W, iw, wx * width)
                                     x0 = ox * sx - left + kx * dx

@@ -1,8 +1,10 @@
 """Loops that do nothing but arithmetic, or nothing but reading: what the machine can do at most.
 
-Plain Numba, vectorised by LLVM. On a Zen 4 core (AVX-512) they reach what hand-written vector code
-reaches: 117 GFLOP/s, and 217 GB/s from L1. Where LLVM finds no such code (other processors were not
-tried) a limit comes out too low, and a share of the roofline above 1 will tell.
+Arithmetic runs on the largest register tile of the level, reading is plain Numba, which LLVM
+vectorises. They reached 103 GFLOP/s and 188 GB/s from L1 on a Zen 3 core (AVX2: two vectors of each
+a cycle, at 3.2 GHz); on a Zen 4 core (AVX-512) reading reached 217 GB/s, and a loop of plain Numba,
+in the place of the tile's, 117 GFLOP/s. Where LLVM finds no such code for reading a limit comes out
+too low, and a share of the roofline above 1 will tell.
 
 Every row of `a` (rows, n) is read by one thread. The results keep the loops from being dropped.
 """
@@ -12,31 +14,24 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from kernels import simd
 from kernels._jit import jit
 
-FMAS_PER_ELEMENT = 32
-
-
-@jit
-def _horner4(y, x, c):  # type: ignore[no-untyped-def]
-    y = y * x + c
-    y = y * x + c
-    y = y * x + c
-    return y * x + c
-
-
-@jit
-def _horner16(y, x, c):  # type: ignore[no-untyped-def]
-    return _horner4(_horner4(_horner4(_horner4(y, x, c), x, c), x, c), x, c)
+_MR, _NR = simd.TILE
+FMAS_PER_ELEMENT = _MR * _NR
 
 
 @jit
 def _fma_row(a, c, repeats):  # type: ignore[no-untyped-def]
-    total = np.float32(0)
+    L = simd.lanes(a)
+    acc = simd.load(_MR, _NR, a, 0, _NR * L)  # different, or LLVM would keep one sum for all
+    by = simd.fill(1, 1, a, c)
     for _ in range(repeats):
-        for i in range(a.size):
-            total += _horner16(_horner16(a[i], a[i], c), a[i], c)
-    return total
+        for i in range(0, a.size, L):
+            acc = simd.fma(acc, simd.load(1, 1, a, i, 0), by)
+    sums = np.empty(FMAS_PER_ELEMENT * L, np.float32)
+    simd.store(acc, sums, 0, _NR * L)
+    return sums.sum()
 
 
 @jit
@@ -60,7 +55,7 @@ def _read_row_in_four(a, repeats):  # type: ignore[no-untyped-def]
 
 @jit(parallel=True)
 def fma(a, c, repeats, out):  # type: ignore[no-untyped-def]
-    """out[t] = sum over i, `repeats` times, of a polynomial of degree 32 in a[t, i]."""
+    """out[t] = sum of a[t, i] c, `repeats` times, by FMAS_PER_ELEMENT sums at once; n >= 512."""
     for t in numba.prange(a.shape[0]):
         out[t] = _fma_row(a[t], c, repeats)
 

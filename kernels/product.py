@@ -294,7 +294,7 @@ def _plan(
     lanes, most = simd.LANES * 4 // itemsize, simd.TILE[1]
     rest = N % (most * lanes)
     cuts = [(most, 0, N - rest)] if rest < N else []
-    if simd.LANES >= 8 and 0 < rest % lanes <= lanes // 2:  # half a vector more will do
+    if _half_pays(rest % lanes, lanes):
         whole = rest // lanes
         cuts += [(whole, N - rest, whole * lanes)] if whole else []
         cuts.append((0, N - rest % lanes, rest % lanes))
@@ -314,6 +314,15 @@ def _plan(
         packed = cols % width > 0 or not in_place
         parts.append(_Part(nr, first, cols, width, panels, packed, block, groups))
     return chunks, tuple(parts)
+
+
+def _half_pays(rest: int, lanes: int) -> bool:
+    """Whether half a vector serves the last columns, which do not fill a whole one.
+
+    Where vectors of 8 lanes take as long as halves, what is stored in part takes longest.
+    """
+    half = lanes // 2
+    return 0 < rest <= half if simd.LANES >= 16 else simd.LANES == 8 and rest == half
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -237,18 +237,26 @@ def rank1_rows(typing, acc, A, ia, lda, B, ib, lo, hi):
 def rolled(typing):
     """No instruction: LLVM leaves the loop that calls it as it is.
 
-    Unrolled, the loop around a tile that fills the registers keeps some of it in memory. Levels of
-    16 registers have tiles of fewer multiply-adds, to which unrolling does good and no harm.
+    Unrolled, the loop around a tile that fills the registers keeps some of it in memory, or the
+    offsets of its rows, which each copy of the loop's body wants in registers of its own.
     """
+    return primitive(types.void, (), _rolled)
 
-    def emit(code):
-        if len(_levels.CHOSEN.rows) == len(_levels.REGISTERS_16):
-            return
-        nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", True)
-        # One of LLVM's own attributes, which llvmlite's list of known ones lacks.
-        set.add(code.builder.call(nothing, []).attributes, "noduplicate")
 
-    return primitive(types.void, (), emit)
+@tile_intrinsic
+def rolled_32(typing):
+    """As `rolled`, but only on levels of 32 registers: others do better with such loops unrolled.
+
+    Their tiles are smaller, and all offsets are found anew in each pass.
+    """
+    many = len(_levels.CHOSEN.rows) > len(_levels.REGISTERS_16)
+    return primitive(types.void, (), _rolled if many else lambda code: None)
+
+
+def _rolled(code: Any) -> None:
+    nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", True)
+    # One of LLVM's own attributes, which llvmlite's list of known ones lacks.
+    set.add(code.builder.call(nothing, []).attributes, "noduplicate")
 
 
 # --- element by element ---------------------------------------------------------------------------

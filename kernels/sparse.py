@@ -242,7 +242,7 @@ def _blocks(R: int, P: int) -> Any:
                                     j2, v2 = j1 + one, v1 + one
                                     some = min(n, one, two)
                                     for k in range(some):
-                                        simd.rolled()
+                                        simd.rolled_32()
                                         acc = simd_sparse.rank1_at(
                                             acc, 0, R, values, v + 2 * k, t, 0, indices, j + k, W
                                         )
@@ -253,17 +253,17 @@ def _blocks(R: int, P: int) -> Any:
                                             acc, 1, 2, values, v2 + k, t, 0, indices, j2 + k, W
                                         )
                                     for k in range(some, one):
-                                        simd.rolled()
+                                        simd.rolled_32()
                                         acc = simd_sparse.rank1_at(
                                             acc, 0, 1, values, v1 + k, t, 0, indices, j1 + k, W
                                         )
                                     for k in range(some, two):
-                                        simd.rolled()
+                                        simd.rolled_32()
                                         acc = simd_sparse.rank1_at(
                                             acc, 1, 2, values, v2 + k, t, 0, indices, j2 + k, W
                                         )
                                 for k in range(some, n):
-                                    simd.rolled()
+                                    simd.rolled_32()
                                     acc = simd_sparse.rank1_at(
                                         acc, 0, R, values, v + R * k, t, 0, indices, j + k, W
                                     )

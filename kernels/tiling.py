@@ -20,12 +20,12 @@ class Part(NamedTuple):
     panels: int
 
 
-_REGISTERS = simd.TILE[0] * simd.TILE[1]  # for sums
+FEW_REGISTERS = simd.TILE[1] <= 2  # 16, of which 12 hold sums
+_SUMS = simd.TILE[0] * simd.TILE[1]  # vectors of sums that registers hold
 
-
-_HEIGHTS = (16, 15, 14, 12, 9, 8, 7, 6, 4, 3, 2, 1)
+_HEIGHTS = (16, 15, 14, 12, 9, 8, 7, 6, *((5,) if FEW_REGISTERS else ()), 4, 3, 2, 1)
 #: For tiles of one vector, of several: above these, LLVM keeps some of the sums in memory.
-MOST = (16, 8)
+MOST = (9, 6) if FEW_REGISTERS else (16, 8)
 
 
 def cuts(
@@ -39,7 +39,7 @@ def cuts(
 
     def height(nr: int) -> tuple[float, int]:
         """Cost of one panel a step, and the tile's height."""
-        limit = min(most[nr > 1], _REGISTERS // max(1, nr))
+        limit = min(most[nr > 1], _SUMS // max(1, nr))
         return min((tiles(h, nr or 0.5), -h) for h in _HEIGHTS if h <= limit)
 
     halves = simd.LANES >= 8

@@ -22,7 +22,7 @@ from bench.case import Case, CaseError
 from bench.race import Race, Settings, Team
 from bench.records import geometric_mean, records_of, summarize
 from bench.suites import Work, train_step
-from kernels import probes
+from kernels import probes, simd
 from kernels.timing import Timing, compare, measure
 from tinynn import roofline
 from tinynn.environment import cache_sizes, environment
@@ -204,6 +204,10 @@ def test_probes_do_the_work_that_they_say(monkeypatch):
     for read in (probes.read, probes.read_in_four):
         read(a, 3, out)
         assert out.tolist() == [96, 96]
+    many = np.full((2, 512), 0.5, np.float32)
+    probes.fma(many, np.float32(0.25), 3, out)
+    starts, terms = 0.5 * simd.LANES, 3 * 512 * 0.5 * 0.25
+    assert out.tolist() == [probes.FMAS_PER_ELEMENT * (starts + terms)] * 2
     probe = roofline.Probe("L1", 2)
     assert probe.flops == probe.nbytes / 4 == 2 * probe.elements * probe.repeats
     assert probe.working_set == 4 * 2 * probe.elements <= 2 * cache_sizes()["L1"]

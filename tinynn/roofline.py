@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from kernels import probes
+from kernels import probes, simd
 from kernels._jit import get_threads, set_threads, user_cache_dir
 from kernels.timing import Timing, compare
 from tinynn.environment import cache_sizes, environment
@@ -176,7 +176,8 @@ def cache_file() -> Path:
     facts = environment()
     keys = {k: facts["versions"].get(k) for k in ("numba", "llvmlite", "numpy")}
     source = Path(probes.__file__).read_bytes()
-    digest = hashlib.sha256(repr((facts["cpu"], keys)).encode() + source).hexdigest()
+    facts_used = repr((facts["cpu"], keys, simd.LEVEL))
+    digest = hashlib.sha256(facts_used.encode() + source).hexdigest()
     return user_cache_dir() / "roofline" / f"{digest[:20]}.json"
 
 
