@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange
 
-from kernels import memory, simd, simd_int
+from kernels import memory, simd, simd_int, simd_int16
 from kernels._jit import Variants, jit
 from kernels.product import _aligned
 
@@ -202,6 +202,24 @@ def fill_bytes(value, Y, iy, count):
             simd_int.store_bytes(x, Y, iy + i, 0)
         else:
             simd_int.store_bytes(x, Y, iy + i, count - i)
+
+
+@jit
+def widen_bytes(X, ix, A, ia, count):
+    """A[ia + i] = X[ix + i], i < count; X uint8, A int16, flat."""
+    W = 2 * simd_int.byte_lanes()
+    whole = count - count % W
+    for i in range(0, whole, W):
+        simd_int16.store_widened(X, ix + i, A, ia + i)
+    for i in range(whole, count):
+        A[ia + i] = X[ix + i]
+
+
+@jit
+def fill_widened(value, A, ia, count):
+    """A[ia + i] = value, i < count; A int16, flat."""
+    for i in range(count):
+        A[ia + i] = value
 
 
 # --- element by element ---------------------------------------------------------------------------
