@@ -280,7 +280,7 @@ def _place(layer: Convolution, height: int, width: int) -> Placed:
     copy, scratch = None, 0
     if layer.inputs < 4:  # all that windows touch, and no more
         copy = copied(height, width, layer.inputs, win)
-        size, win = copy[3:5], win._replace(padding=((0, 0), (0, 0)))
+        size, win = (copy[3], copy[4]), win._replace(padding=((0, 0), (0, 0)))
     elif wide:
         copy = (*size, layer.inputs, *size, 0, 0)
     if copy is not None:
