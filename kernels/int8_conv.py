@@ -50,6 +50,7 @@ from kernels.int8_product import (
 _BLOCK_BYTES = 384 * 1024  # of images that one panel of weights passes over
 _TASKS = 16  # wanted at least
 _MOST = 8  # rows of a tile of several vectors: above, LLVM keeps some of the sums in memory
+COPY_ITEM = 2 if WIDENS else 1  # bytes of a number of a copied image, at most
 SLACK = 4  # bytes after a copied image, which the last quad reads and multiplies by 0
 
 
