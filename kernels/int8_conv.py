@@ -12,9 +12,6 @@ The loops are those of `kernels.conv`, in steps of four channels (`kernels.int8_
 taps along x are neighbours and there are four, eight, ... channels they are one loop. Images with
 fewer than four channels are copied first, the padding filled with x_zero; then the taps along x,
 if neighbours, are one row of numbers, and their channels make whole quads together.
-
-Where a level WIDENS, all images are copied, as int16, and met by weights that were widened too
-(`kernels.int8_product`): unless so few pixels share a weight, or taps a number, that it costs more.
 """
 
 # mypy: allow-untyped-defs
@@ -30,56 +27,41 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange
 
-from kernels import int8, memory, simd, simd_int, simd_int16
+from kernels import int8, memory, simd, simd_int
 from kernels._jit import Variants
-from kernels._levels import WIDENS
 from kernels.conv import _Axis, _table
 from kernels.geometry import Window
 from kernels.int8 import Scaling, checked_sums, fitted, operand, result, widened
-from kernels.int8_product import (
-    _WIDE_ROWS,
-    Call,
-    Linear,
-    Panels,
-    height,
-    linear,
-    pack,
-    pack_linear,
-)
+from kernels.int8_product import Call, Linear, Panels, height, linear, pack, pack_linear
 
 _BLOCK_BYTES = 384 * 1024  # of images that one panel of weights passes over
 _TASKS = 16  # wanted at least
 _MOST = 8  # rows of a tile of several vectors: above, LLVM keeps some of the sums in memory
-COPY_ITEM = 2 if WIDENS else 1  # bytes of a number of a copied image, at most
 SLACK = 4  # bytes after a copied image, which the last quad reads and multiplies by 0
 
 
 # --- kernels --------------------------------------------------------------------------------------
 
 
-def _tiles(mr: int, nr: int, wide: bool) -> Any:
-    per = 2 if wide else 4
-    dot: Any = simd_int16.dot2 if wide else simd_int.dot4
-    dot_rows: Any = simd_int16.dot2_rows if wide else simd_int.dot4_rows
-
+def _tiles(mr: int, nr: int) -> Any:
     def tiles(X, P, base, scale, low, high, zero, Y, sizes, R, T, cases, first_task, last_task):
         # Y[b, y, x + i, first + n] = result of base[cases[y] + cases[OH + x + i], first + n] +
         #     sum_{t, s, c} X[b, up + t dy, left + i sx + s dx, c] w[t, s, c, first + n]
         # for each (y, up, t_lo, t_hi) in R, t_lo <= t < t_hi, and each tile of mr pixels i in T:
         # see `conv._table`; 0 <= n < cols
         # X (B, H, V, C) uint8, P packed weights, Y (B, OH, OW, N) uint8 or float32, all flat
-        # base (cases, N filled up), scale (N filled up,);  wide: X and P as int16
-        # quads of one tap, whole steps over it; tail: another quad covers the last four channels
+        # base (cases, N filled up), scale (N filled up,)
+        # quads of one tap; tail: the last of them covers the last four channels
         # tasks are blocks of images x groups of panels
         B, H, V, C, OH, OW, N = sizes[0]
-        TY, TX, dy, sx, dx, quads, whole, tail = sizes[1]
+        TY, TX, dy, sx, dx, quads, tail = sizes[1]
         first, cols, origin, block, groups = sizes[2]
         L = simd.lanes(base)
         W = nr * L
         wide = base.shape[1]
         panels = (cols + W - 1) // W
-        tap = quads * 4 * W  # numbers of packed weights
-        steps = whole + tail * (4 // per)
+        tap = quads * 4 * W  # bytes of packed weights
+        whole = quads - tail
         joined = dx == 1 and 4 * quads == C
         for task in prange(first_task, last_task):
             r, g = task // groups, task % groups
@@ -110,14 +92,12 @@ def _tiles(mr: int, nr: int, wide: bool) -> Any:
                                     ip = panel + (t * TX + run) * tap
                                     for _ in range(length):
                                         simd.rolled()
-                                        acc = dot(acc, X, ix, sx * C, P, ip)
-                                        ix += per
-                                        ip += per * W
+                                        acc = simd_int.dot4(acc, X, ix, sx * C, P, ip)
+                                        ix += 4
+                                        ip += 4 * W
                                     if tail:
-                                        ix += C - 4 - per * whole
-                                        acc = dot(acc, X, ix, sx * C, P, ip)
-                                        if wide:
-                                            acc = dot(acc, X, ix + 2, sx * C, P, ip + 2 * W)
+                                        ix += C - 4 - 4 * whole
+                                        acc = simd_int.dot4(acc, X, ix, sx * C, P, ip)
                             for s in range(s_lo, s_hi):
                                 if f_lo <= s < f_hi:
                                     continue
@@ -125,13 +105,13 @@ def _tiles(mr: int, nr: int, wide: bool) -> Any:
                                 for t in range(t_lo, t_hi):
                                     ix = at + (t * dy * V + s * dx) * C
                                     ip = panel + (t * TX + s) * tap
-                                    for q in range(steps):
+                                    for q in range(quads):
                                         simd.rolled()
-                                        jx = ix + per * q
-                                        if q >= whole:
-                                            jx += C - 4 - per * whole
-                                        acc = dot_rows(acc, X, jx, sx * C, P, ip, row_lo, row_hi)
-                                        ip += per * W
+                                        jx = ix + (C - 4 if q == whole else 4 * q)
+                                        acc = simd_int.dot4_rows(
+                                            acc, X, jx, sx * C, P, ip, row_lo, row_hi
+                                        )
+                                        ip += 4 * W
                             by = simd.load(1, nr, scale, n, 0)
                             iy = ((b * OH + y) * OW + x) * N + n
                             if done == 0 and hi == mr and part == W:
@@ -145,33 +125,31 @@ def _tiles(mr: int, nr: int, wide: bool) -> Any:
 
 
 @cache
-def tile_kernel(mr: int, nr: int, wide: bool = False) -> Variants:
+def tile_kernel(mr: int, nr: int) -> Variants:
     """X, P, base, scale, low, high, zero, Y, sizes, R, T, cases, first, last: see above."""
-    return Variants(_tiles(mr, nr, wide))
+    return Variants(_tiles(mr, nr))
 
 
-def _pad(fill: Any, copy: Any) -> Any:
-    def pad(X, S, zero, sizes, first_task, last_task):
-        # S[b, y, x, c] = X[b, y - top, x - left, c] inside X, else zero
-        # X (B, H, V, C) uint8, S (B, h, v, C) and slack, both flat;  a task is an image
-        H, V, C, h, v, top, left = sizes
-        for b in prange(first_task, last_task):
-            lo, hi = max(0, left), min(v, V + left)
-            for y in range(h):
-                row = (b * h + y) * v * C
-                if not 0 <= y - top < H or hi <= lo:
-                    fill(zero, S, row, v * C)
-                    continue
-                fill(zero, S, row, lo * C)
-                copy(X, ((b * H + y - top) * V + lo - left) * C, S, row + lo * C, (hi - lo) * C)
-                fill(zero, S, row + hi * C, (v - hi) * C)
+def _pad_loop(X, S, zero, sizes, first_task, last_task):
+    # S[b, y, x, c] = X[b, y - top, x - left, c] inside X, else zero
+    # X (B, H, V, C), S (B, h, v, C) and slack, both flat uint8;  a task is an image
+    H, V, C, h, v, top, left = sizes
+    for b in prange(first_task, last_task):
+        lo, hi = max(0, left), min(v, V + left)
+        for y in range(h):
+            row = (b * h + y) * v * C
+            if not 0 <= y - top < H or hi <= lo:
+                int8.fill_bytes(zero, S, row, v * C)
+                continue
+            int8.fill_bytes(zero, S, row, lo * C)
+            int8.copy_bytes(
+                X, ((b * H + y - top) * V + lo - left) * C, S, row + lo * C, (hi - lo) * C
+            )
+            int8.fill_bytes(zero, S, row + hi * C, (v - hi) * C)
 
-    return pad
 
-
-#: X, S, zero, sizes = (H, V, C, h, v, top, left), first, last; S uint8 or int16.
-PAD = Variants(_pad(int8.fill_bytes, int8.copy_bytes))
-PAD_WIDENED = Variants(_pad(int8.fill_widened, int8.widen_bytes))
+#: X, S, zero, sizes = (H, V, C, h, v, top, left), first, last.
+PAD = Variants(_pad_loop)
 
 
 # --- packed layers --------------------------------------------------------------------------------
@@ -180,29 +158,18 @@ PAD_WIDENED = Variants(_pad(int8.fill_widened, int8.widen_bytes))
 class Placed(NamedTuple):
     """A layer for images of one size: what its kernels need besides the arrays.
 
-    `copy` are the sizes of `PAD`, if the image is to be copied first, `scratch` then the numbers
-    of a copied image, and `wide` whether they are int16. `base` are the sums' beginnings by case.
+    `copy` are the sizes of `PAD`, if the image is to be copied first, `scratch` then the bytes of
+    a copied image. `base` are the sums' beginnings by case.
     """
 
     output: tuple[int, int]
     copy: tuple[int, ...] | None
-    wide: bool
     scratch: int
     base: np.ndarray
     rows: np.ndarray
     cases: np.ndarray
     taps: tuple[int, ...]
     image: tuple[int, int, int]
-
-    @property
-    def pad(self) -> Variants:
-        """The kernel that makes the copy."""
-        return PAD_WIDENED if self.wide else PAD
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of the copy."""
-        return np.dtype(np.int16 if self.wide else np.uint8)
 
 
 @dataclass(frozen=True)
@@ -276,16 +243,12 @@ def _place(layer: Convolution, height: int, width: int) -> Placed:
     win = layer.win
     size = (height, width)
     output = win.output(height, width)
-    results = math.prod(output)
-    wide = WIDENS and results >= max(_WIDE_ROWS, height * width / math.prod(win.kernel))
     copy, scratch = None, 0
     if layer.inputs < 4:  # all that windows touch, and no more
         copy = copied(height, width, layer.inputs, win)
-        size, win = (copy[3], copy[4]), win._replace(padding=((0, 0), (0, 0)))
-    elif wide:
-        copy = (*size, layer.inputs, *size, 0, 0)
-    if copy is not None:
-        scratch = math.prod(copy[2:5])
+        h, v = copy[3:5]
+        scratch = h * v * layer.inputs
+        size, win = (h, v), win._replace(padding=((0, 0), (0, 0)))
     sums = layer.sums.reshape(*win.kernel, -1)
     base, cases = beginnings(size, win, sums, layer.bias, layer.x_zero)
     taps = (win.kernel[1], win.dilation[0], win.stride[1], win.dilation[1])
@@ -295,7 +258,6 @@ def _place(layer: Convolution, height: int, width: int) -> Placed:
     return Placed(
         output,
         copy,
-        wide,
         scratch,
         base,
         rows,
@@ -320,14 +282,9 @@ def _axis(output: tuple[int, int], win: Window, axis: int, taps: int = 0) -> _Ax
 def _calls(layer: Convolution, images: int, at: Placed) -> list[tuple[Call, np.ndarray]]:
     calls = []
     h, v, channels = at.image
-    win = layer.win._replace(padding=((0, 0), (0, 0))) if channels < 4 else layer.win
+    win = layer.win if at.copy is None else layer.win._replace(padding=((0, 0), (0, 0)))
     tail = int(channels >= 4 and channels % 4 > 0)
-    # wide copies of few channels: the quads that the taps of a row are filled up to, by halves
-    numbers = channels * win.kernel[1] if channels < 4 and win.dilation[1] == 1 else channels
-    per = 2 if at.wide else 4
-    whole = (layer.panels.quads - 1) * 4 // per if tail else -(-numbers // per)
-    image_bytes = h * v * channels * at.dtype.itemsize
-    block = max(1, min(images, _BLOCK_BYTES // image_bytes, images // _TASKS))
+    block = max(1, min(images, _BLOCK_BYTES // (h * v * channels), images // _TASKS))
     blocks = -(-images // block)
     for part in layer.panels.parts:
         most = simd.ROWS[part.nr] if part.nr == 1 else min(_MOST, simd.ROWS[part.nr] + 2)
@@ -337,10 +294,10 @@ def _calls(layer: Convolution, images: int, at: Placed) -> list[tuple[Call, np.n
         groups = max(1, min(part.panels, _TASKS // blocks))
         sizes: Any = (
             (images, h, v, channels, *at.output, layer.outputs),
-            (*at.taps, layer.panels.quads, whole, tail),
+            (*at.taps, layer.panels.quads, tail),
             (part.first, part.cols, part.origin, block, groups),
         )
-        calls.append((Call(mr, part.nr, sizes, blocks * groups, at.wide), columns))
+        calls.append((Call(mr, part.nr, sizes, blocks * groups), columns))
     return calls
 
 
@@ -388,14 +345,14 @@ def conv2d(x: np.ndarray, layer: Convolution, *, out: np.ndarray | None = None) 
     y = result("conv2d", (len(x), *at.output, layer.outputs), layer.scaling.dtype, out)
     images = x.reshape(-1)
     if at.copy is not None:
-        images = memory.empty(len(x) * at.scratch + SLACK, at.dtype)
+        images = memory.empty(len(x) * at.scratch + SLACK, np.uint8)
         images[-SLACK:] = 0
-        at.pad.choose(images.nbytes)(x.reshape(-1), images, layer.x_zero, at.copy, 0, len(x))
+        PAD.choose(images.nbytes)(x.reshape(-1), images, layer.x_zero, at.copy, 0, len(x))
     macs = y.size * math.prod(layer.win.kernel) * layer.inputs
     for call, columns in layer.calls(len(x), *x.shape[1:3]):
-        tile_kernel(call.mr, call.nr, call.wide).choose(macs // 4)(
+        tile_kernel(call.mr, call.nr).choose(macs // 4)(
             images,
-            layer.panels.weights(call.wide),
+            layer.panels.packed,
             at.base,
             *layer.scaling[:4],
             y.reshape(-1),

@@ -189,7 +189,7 @@ class Call(NamedTuple):
     nr: int
     sizes: tuple[int, ...]
     tasks: int
-    wide: bool  # whether weights and images are int16
+    wide: bool = False  # whether weights are int16
 
 
 # --- public ---------------------------------------------------------------------------------------
