@@ -92,6 +92,10 @@ LANES = CHOSEN.vector_bytes // 4
 #: The preferred tile is TILE = (mr, nr); ROWS[nr] is the height that suits nr vectors.
 ROWS = (CHOSEN.rows[0], *CHOSEN.rows)
 TILE = (ROWS[-1], len(ROWS) - 1)
+#: Whether bytes are multiplied as int16, and so are better widened once than in each product.
+WIDENS = CHOSEN.dot4 == "pmaddwd"
+#: Whether there are loads and stores of some bytes of a vector; else a branch for each byte.
+MASKS_BYTES = CHOSEN.vector_bytes == 64
 
 
 class LevelCode(Code):
@@ -103,6 +107,11 @@ class LevelCode(Code):
             return self.builder.add(self.builder.mul(x, y), z)
         name = "fmuladd" if LEVEL == "portable" else "fma"
         return self.call(f"llvm.{name}.{suffix(x.type)}", x.type, x, y, z)
+
+    def dot2(self, z: Any, p: Any, q: Any) -> Any:
+        """z + the dot product of 2 int16 of p and of q, in each int32 lane; WIDENS only."""
+        name = f"llvm.x86.{'avx512.pmaddw.d.512' if z.type.count == 16 else 'avx2.pmadd.wd'}"
+        return self.builder.add(z, self.call(name, z.type, p, q))
 
     def dot4(self, z: Any, u: Any, s: Any) -> Any:
         """z + the dot product of 4 unsigned bytes of u and 4 signed of s, in each int32 lane."""
@@ -120,9 +129,8 @@ class LevelCode(Code):
                 (b.and_(u, ir.Constant(half, [255] * half.count)), b.ashr(b.shl(s, eight), eight)),
                 (b.lshr(u, eight), b.ashr(s, eight)),
             )
-            name = f"llvm.x86.{'avx512.pmaddw.d.512' if bits == 512 else 'avx2.pmadd.wd'}"
             for p, q in pairs:
-                z = b.add(z, self.call(name, kind, p, q))
+                z = self.dot2(z, p, q)
             return z
         for byte in range(4):
             low, high = (ir.Constant(kind, [n] * kind.count) for n in (8 * byte, 24 - 8 * byte))

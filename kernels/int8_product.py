@@ -10,20 +10,26 @@ Weights are packed for that: quads of rows side by side, in panels of nr vectors
 Where K is not a multiple of four, the last quad covers the last four bytes of a row, and its
 weights are 0 for those that earlier quads have had: nothing beyond a row is read. The last tile of
 rows moves back over rows already done, and stores only what is new.
+
+Where a level WIDENS, a block of several rows of x is widened to int16 before the tiles pass over
+it, and its weights when they are packed, as pairs instead of quads. One row, for which reading the
+weights is the work, has them as bytes.
 """
 
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import prange
 
-from kernels import simd, simd_int
+from kernels import int8, simd, simd_int, simd_int16
 from kernels._jit import Variants
+from kernels._levels import WIDENS
 from kernels.int8 import Scaling, checked_sums, fitted, operand, result, widened
 from kernels.product import _aligned
 
@@ -31,6 +37,8 @@ _BLOCK_BYTES = 192 * 1024  # of x, which stay in the second-level cache beside a
 _BLOCK_ROWS = 240  # at most, so that threads share the work evenly
 _TASKS = 16  # wanted at least
 _HEIGHTS = (12, 8, 7, 6, 4, 3, 2, 1)  # of tiles
+_WIDENED = 16 * 1024  # numbers of x, in the first-level cache and on the stack
+_WIDE_ROWS = 6  # at least, that share widened weights
 
 
 # --- packed weights, of convolutions too ----------------------------------------------------------
@@ -46,12 +54,27 @@ class Part(NamedTuple):
     origin: int  # of the first panel in the packed array
 
 
-class Panels(NamedTuple):
+@dataclass(frozen=True)
+class Panels:
     """Weights (T, K, N) as [part][panel][tap][quad][column][4], flat; `quads` of each tap."""
 
     packed: np.ndarray
     quads: int
     parts: tuple[Part, ...]
+
+    @cached_property
+    def widened(self) -> np.ndarray:
+        """The same as int16, [part][panel][tap][pair][column][2]: a quad is two pairs."""
+        wide = _aligned(self.packed.shape, np.dtype(np.int16))
+        ends = [*(part.origin for part in self.parts[1:]), self.packed.size]
+        for part, end in zip(self.parts, ends, strict=True):
+            quads = self.packed[part.origin : end].reshape(-1, part.nr * simd.LANES, 2, 2)
+            wide[part.origin : end] = quads.swapaxes(1, 2).reshape(-1)
+        return wide
+
+    def weights(self, wide: bool) -> np.ndarray:
+        """As kernels of either kind take them."""
+        return self.widened if wide else self.packed
 
 
 def cut(channels: int, rows: int) -> tuple[Part, ...]:
@@ -102,33 +125,45 @@ def height(rows: int, nr: int, most: int) -> int:
 # --- kernel ---------------------------------------------------------------------------------------
 
 
-def _tiles(mr: int, nr: int) -> Any:
+def _tiles(mr: int, nr: int, wide: bool) -> Any:
+    per = 2 if wide else 4
+    dot: Any = simd_int16.dot2 if wide else simd_int.dot4
+    most = _WIDENED
+
     def tiles(X, P, base, scale, low, high, zero, Y, sizes, first_task, last_task):
         # Y[m N + first + n] = result of base[first + n] + sum_k X[m K + k] w[k, first + n]
         # X (M K,) uint8, P packed weights, base, scale (N filled up,), Y (M N,) uint8 or float32
         # sizes: M, K, N, first, cols, origin of the panels, rows of a block, groups of panels
+        # wide: P as int16, at most `_WIDENED` numbers in a block of X
         # tasks are blocks x groups
         M, K, N, first, cols, origin, block, groups = sizes
         L = simd.lanes(base)
         W = nr * L
         quads, tail = K // 4, K % 4 > 0
         panels = (cols + W - 1) // W
-        depth = (quads + 1 if tail else quads) * 4 * W  # of a panel, in bytes
+        depth = (quads + 1 if tail else quads) * 4 * W  # of a panel, in numbers
         for task in prange(first_task, last_task):
             r, g = task // groups, task % groups
+            A, a0 = X, 0
+            if wide:
+                A, a0 = simd_int16.scratch(most), min(r * block, M - mr)
+                int8.widen_bytes(X, a0 * K, A, 0, (min(M, r * block + block) - a0) * K)
             for p in range(panels * g // groups, panels * (g + 1) // groups):
                 n, part = first + p * W, min(W, cols - p * W)
                 for m in range(r * block, min(M, r * block + block), mr):
                     start = min(m, M - mr)
                     acc = simd.add(simd.zeros(mr, nr, base), simd.load(1, nr, base, n, 0))
-                    ix, ip = start * K, origin + p * depth
-                    for _ in range(quads):
+                    ix, ip = (start - a0) * K, origin + p * depth
+                    for _ in range(quads * (4 // per)):
                         simd.rolled()
-                        acc = simd_int.dot4(acc, X, ix, K, P, ip)
-                        ix += 4
-                        ip += 4 * W
+                        acc = dot(acc, A, ix, K, P, ip)
+                        ix += per
+                        ip += per * W
                     if tail:
-                        acc = simd_int.dot4(acc, X, start * K + K - 4, K, P, ip)
+                        ix = (start - a0) * K + K - 4
+                        acc = dot(acc, A, ix, K, P, ip)
+                        if wide:
+                            acc = dot(acc, A, ix + 2, K, P, ip + 2 * W)
                     by = simd.load(1, nr, scale, n, 0)
                     iy = start * N + n
                     if start == m and part == W:
@@ -142,9 +177,9 @@ def _tiles(mr: int, nr: int) -> Any:
 
 
 @cache
-def tile_kernel(mr: int, nr: int) -> Variants:
+def tile_kernel(mr: int, nr: int, wide: bool = False) -> Variants:
     """X, P, base, scale, low, high, zero, Y, sizes, first, last: see the formula above."""
-    return Variants(_tiles(mr, nr))
+    return Variants(_tiles(mr, nr, wide))
 
 
 class Call(NamedTuple):
@@ -154,6 +189,7 @@ class Call(NamedTuple):
     nr: int
     sizes: tuple[int, ...]
     tasks: int
+    wide: bool = False  # whether weights are int16
 
 
 # --- public ---------------------------------------------------------------------------------------
@@ -178,12 +214,17 @@ def _calls(rows: int, depth: int, channels: int, parts: tuple[Part, ...]) -> tup
     calls = []
     for part in parts:
         mr = height(rows, part.nr, simd.ROWS[part.nr])
-        most = max(mr, min(_BLOCK_ROWS, _BLOCK_BYTES // depth) // mr * mr)
+        wide = WIDENS and rows >= _WIDE_ROWS and mr * depth <= _WIDENED
+        most, panels = min(_BLOCK_ROWS, _BLOCK_BYTES // depth), part.panels
+        if wide:  # each task widens its rows: for several panels, so of fewer rows rather
+            most = min(most, _WIDENED // depth, max(4 * mr, -(-rows // _TASKS)))
+            panels //= 4
+        most = max(mr, most // mr * mr)
         block = -(-rows // (-(-rows // most) * mr)) * mr
         blocks = -(-rows // block)
-        groups = max(1, min(part.panels, _TASKS // blocks))
+        groups = max(1, min(panels, _TASKS // blocks))
         sizes = (rows, depth, channels, part.first, part.cols, part.origin, block, groups)
-        calls.append(Call(mr, part.nr, sizes, blocks * groups))
+        calls.append(Call(mr, part.nr, sizes, blocks * groups, wide))
     return tuple(calls)
 
 
@@ -221,9 +262,9 @@ def linear(x: np.ndarray, layer: Linear, *, out: np.ndarray | None = None) -> np
         x = wide
     for call in layer.calls(rows):
         work = rows * layer.inputs * call.sizes[4] // 4
-        tile_kernel(call.mr, call.nr).choose(work)(
+        tile_kernel(call.mr, call.nr, call.wide).choose(work)(
             x.reshape(-1),
-            layer.panels.packed,
+            layer.panels.weights(call.wide),
             layer.base,
             *layer.scaling[:4],
             y.reshape(-1),

@@ -63,9 +63,9 @@ def linear(program: Program, layer: Linear, x: Slot, y: Slot, scratch: Slot | No
         x = wide
     for call in layer.calls(rows):
         program.add(
-            int8_product.tile_kernel(call.mr, call.nr),
+            int8_product.tile_kernel(call.mr, call.nr, call.wide),
             _quads(rows * layer.inputs * call.sizes[4]),
-            _flat(x), layer.panels.packed, layer.base, *layer.scaling[:4],
+            _flat(x), layer.panels.weights(call.wide), layer.base, *layer.scaling[:4],
             _flat(y), call.sizes, tasks=call.tasks,
         )  # fmt: skip
 

@@ -352,6 +352,22 @@ def test_nothing_beyond_the_operands_is_read_or_written(c):
         assert (around[:64] == 77).all() and (around[-64:] == 77).all()
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_so_many_bytes_are_copied_and_filled(dtype):
+    copy = int8.widen_bytes if dtype == np.int16 else int8.copy_bytes
+    x = activations(np.random.default_rng(0), 300)
+    for count in (*range(70), 127, 129, 256):
+        copied, filled = np.full((2, 300), 77, dtype)
+        expected = copied.copy()
+        copy(x, 3, copied, 5, count)
+        expected[5 : 5 + count] = x[3 : 3 + count]
+        np.testing.assert_array_equal(copied, expected)
+        if dtype == np.uint8:
+            int8.fill_bytes(200, filled, 5, count)
+            expected[5 : 5 + count] = 200
+            np.testing.assert_array_equal(filled, expected)
+
+
 def test_the_same_for_any_number_of_threads(few_tiles, monkeypatch):
     monkeypatch.setattr(_jit, "PARALLEL_BYTES", 1)
     rng = np.random.default_rng(0)
