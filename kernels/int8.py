@@ -41,7 +41,6 @@ from numba import prange
 
 from kernels import memory, simd, simd_int, simd_int16
 from kernels._jit import Variants, jit
-from kernels._levels import MASKS_BYTES
 from kernels.product import _aligned
 
 LARGEST = 2**31 - 1
@@ -217,6 +216,17 @@ def fill_bytes(value, Y, iy, count):
                 simd_int.store_four(np.int32(value * 0x01010101), Y, iy + j)
             for j in range(count - count % 4, count):
                 Y[iy + j] = value
+
+
+@jit
+def widen_bytes(X, ix, A, ia, count):
+    """A[ia + i] = X[ix + i], i < count; X uint8, A int16, flat."""
+    W = 2 * simd_int.byte_lanes()
+    whole = count - count % W
+    for i in range(0, whole, W):
+        simd_int16.store_widened(X, ix + i, A, ia + i)
+    for i in range(whole, count):
+        A[ia + i] = X[ix + i]
 
 
 @jit
