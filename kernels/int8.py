@@ -183,20 +183,13 @@ def checked_sums(
 
 @jit
 def copy_bytes(X, ix, Y, iy, count):
-    """Y[iy + i] = X[ix + i], i < count; X, Y flat, and not the same memory."""
+    """Y[iy + i] = X[ix + i], i < count; X, Y flat."""
     W = 4 * simd_int.byte_lanes()
     for i in range(0, count, W):
         if i + W <= count:
             simd_int.store_bytes(simd_int.bytes_at(X, ix + i, 0), Y, iy + i, 0)
-        elif MASKS_BYTES:
-            simd_int.store_bytes(simd_int.bytes_at(X, ix + i, count - i), Y, iy + i, count - i)
-        elif count >= W:  # again what is done
-            simd_int.store_bytes(simd_int.bytes_at(X, ix + count - W, 0), Y, iy + count - W, 0)
         else:
-            for j in range(0, count - 3, 4):
-                simd_int.store_four(simd_int.four_at(X, ix + j), Y, iy + j)
-            for j in range(count - count % 4, count):
-                Y[iy + j] = X[ix + j]
+            simd_int.store_bytes(simd_int.bytes_at(X, ix + i, count - i), Y, iy + i, count - i)
 
 
 @jit
@@ -207,26 +200,8 @@ def fill_bytes(value, Y, iy, count):
     for i in range(0, count, W):
         if i + W <= count:
             simd_int.store_bytes(x, Y, iy + i, 0)
-        elif MASKS_BYTES:
-            simd_int.store_bytes(x, Y, iy + i, count - i)
-        elif count >= W:
-            simd_int.store_bytes(x, Y, iy + count - W, 0)
         else:
-            for j in range(0, count - 3, 4):
-                simd_int.store_four(np.int32(value * 0x01010101), Y, iy + j)
-            for j in range(count - count % 4, count):
-                Y[iy + j] = value
-
-
-@jit
-def widen_bytes(X, ix, A, ia, count):
-    """A[ia + i] = X[ix + i], i < count; X uint8, A int16, flat."""
-    W = 2 * simd_int.byte_lanes()
-    whole = count - count % W
-    for i in range(0, whole, W):
-        simd_int16.store_widened(X, ix + i, A, ia + i)
-    for i in range(whole, count):
-        A[ia + i] = X[ix + i]
+            simd_int.store_bytes(x, Y, iy + i, count - i)
 
 
 @jit
