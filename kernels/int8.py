@@ -41,7 +41,6 @@ from numba import prange
 
 from kernels import memory, simd, simd_int, simd_int16
 from kernels._jit import Variants, jit
-from kernels._levels import MASKS_BYTES
 from kernels.product import _aligned
 
 LARGEST = 2**31 - 1
@@ -184,20 +183,13 @@ def checked_sums(
 
 @jit
 def copy_bytes(X, ix, Y, iy, count):
-    """Y[iy + i] = X[ix + i], i < count; X, Y flat, and not the same memory."""
+    """Y[iy + i] = X[ix + i], i < count; X, Y flat."""
     W = 4 * simd_int.byte_lanes()
     for i in range(0, count, W):
         if i + W <= count:
             simd_int.store_bytes(simd_int.bytes_at(X, ix + i, 0), Y, iy + i, 0)
-        elif MASKS_BYTES:
-            simd_int.store_bytes(simd_int.bytes_at(X, ix + i, count - i), Y, iy + i, count - i)
-        elif count >= W:  # again what is done
-            simd_int.store_bytes(simd_int.bytes_at(X, ix + count - W, 0), Y, iy + count - W, 0)
         else:
-            for j in range(0, count - 3, 4):
-                simd_int.store_four(simd_int.four_at(X, ix + j), Y, iy + j)
-            for j in range(count - count % 4, count):
-                Y[iy + j] = X[ix + j]
+            simd_int.store_bytes(simd_int.bytes_at(X, ix + i, count - i), Y, iy + i, count - i)
 
 
 @jit
@@ -208,15 +200,8 @@ def fill_bytes(value, Y, iy, count):
     for i in range(0, count, W):
         if i + W <= count:
             simd_int.store_bytes(x, Y, iy + i, 0)
-        elif MASKS_BYTES:
-            simd_int.store_bytes(x, Y, iy + i, count - i)
-        elif count >= W:
-            simd_int.store_bytes(x, Y, iy + count - W, 0)
         else:
-            for j in range(0, count - 3, 4):
-                simd_int.store_four(np.int32(value * 0x01010101), Y, iy + j)
-            for j in range(count - count % 4, count):
-                Y[iy + j] = value
+            simd_int.store_bytes(x, Y, iy + i, count - i)
 
 
 @jit

@@ -167,28 +167,6 @@ def store_bytes(typing, x, Y, iy, cols):
 
 
 @tile_intrinsic
-def four_at(typing, X, ix):
-    """The four bytes X[ix : ix + 4] as an int32."""
-    check_array("four_at", X, types.uint8)
-
-    def emit(code, X, ix):
-        return code.builder.load(code.builder.bitcast(code.at(X, ix), I32.as_pointer()), align=1)
-
-    return primitive(types.int32, (X, OFFSET), emit)
-
-
-@tile_intrinsic
-def store_four(typing, x, Y, iy):
-    """Y[iy : iy + 4] = the bytes of an int32."""
-    check_array("store_four", Y, types.uint8)
-
-    def emit(code, x, Y, iy):
-        code.builder.store(x, code.builder.bitcast(code.at(Y, iy), I32.as_pointer()), align=1)
-
-    return primitive(types.void, (types.int32, Y, OFFSET), emit)
-
-
-@tile_intrinsic
 def load_rows(typing, mr, nr, X, ix, ld, index, at):
     """x[i, j] = X[ix + index[at + i] ld + j L : + L]: rows chosen by an int64 array."""
     return _load_rows("load_rows", new_tile(mr, nr, X), mr, nr, X, index)
