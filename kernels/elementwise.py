@@ -24,13 +24,17 @@ _ROWS = 64  # of a frame, which one task writes
 
 
 def _relu_loop(X, Y):
-    # Y[i] = max(X[i], 0), NaN stays NaN;  X, Y (n,)
-    zero = X.dtype.type(0)
-    for c in prange((X.size + _CHUNK - 1) // _CHUNK):
-        x, y = X[c * _CHUNK : (c + 1) * _CHUNK], Y[c * _CHUNK : (c + 1) * _CHUNK]
-        for i in range(x.size):
-            v = x[i]
-            y[i] = zero if v < zero else v
+    # Y[i] = max(X[i], 0), NaN stays NaN;  X, Y (n,), Y may be X: LLVM would not vectorise that
+    W = 4 * simd.lanes(Y)
+    zero = simd.fill(1, 1, Y, X.dtype.type(0))
+    for c in prange((Y.size + _CHUNK - 1) // _CHUNK):
+        end = min(Y.size, (c + 1) * _CHUNK)
+        for i in range(c * _CHUNK, end, W):
+            if i + W <= end:
+                simd.store(simd.maximum(simd.load(1, 4, X, i, 0), zero), Y, i, 0)
+            else:
+                x = simd.load_part(1, 4, X, i, 0, 0, 1, end - i)
+                simd.store_part(simd.maximum(x, zero), Y, i, 0, 0, 1, end - i)
 
 
 def _relu_grad_loop(G, Y, D):

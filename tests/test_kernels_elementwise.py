@@ -55,6 +55,14 @@ def test_more_than_one_chunk(size):
     np.testing.assert_array_equal(elementwise.relu_grad(x, y), np.where(x > 0, x, 0))
 
 
+@pytest.mark.parametrize("size", [1, 31, 16385])
+def test_relu_in_place(size):  # as plans call it
+    x = np.random.default_rng(0).choice(SPECIAL, size).astype(np.float32)
+    expected = np.maximum(x, 0)
+    elementwise._relu.choose(x.nbytes)(x, x)
+    np.testing.assert_array_equal(x, expected)
+
+
 @pytest.mark.skipif(_jit.max_threads() < 2, reason="needs NUMBA_NUM_THREADS >= 2")
 def test_threads_do_not_change_a_bit():
     x = np.random.default_rng(0).standard_normal(70001).astype(np.float32)
