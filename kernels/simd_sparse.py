@@ -129,7 +129,8 @@ def dot_at(typing, acc, A, ia, B, ib, index, ii, width, count):
     """acc[0, 0, l] += A[ia + l] B[ib + index[ii + l // width]], l < count width only.
 
     acc is one vector; index uint8; width a constant that divides its lanes. If count is a constant,
-    all lanes are meant; else 1 <= count, and nothing beyond is read.
+    all lanes are meant; else elements of A beyond are not read, but those of index are, and what
+    they name in B, whose values change nothing.
     """
     check_tile("dot_at", acc)
     check_array("dot_at", A, acc.dtype)
@@ -142,16 +143,13 @@ def dot_at(typing, acc, A, ia, B, ib, index, ii, width, count):
         b = code.builder
         found = ir.Constant(ir.VectorType(vec.element, L // W), None)
         for e in range(L // W):
-            inside = b.icmp_signed("<", I64(e), count) if part else None
-            entry = b.select(inside, I64(e), I64(0)) if part else I64(e)
-            place = b.zext(b.load(code.at(index, b.add(ii, entry))), I64)
-            number = b.load(code.at(B, b.add(ib, place)))
-            if part:
-                number = b.select(inside, number, ir.Constant(vec.element, 0))
-            found = b.insert_element(found, number, I32(e))
+            place = b.zext(b.load(code.at(index, ii, extra=e)), I64)
+            found = b.insert_element(found, b.load(code.at(B, b.add(ib, place))), I32(e))
         spread = code.shuffle(found, found, [e // W for e in range(L)])
         if part:
-            a = code.masked(code.at(A, ia), vec, code.mask(b.mul(count, I64(W)), L))
+            mask = code.mask(b.mul(count, I64(W)), L)
+            a = code.masked(code.at(A, ia), vec, mask)
+            spread = b.select(mask, spread, ir.Constant(vec, None))
         else:
             a = code.load(code.at(A, ia), vec)
         return [[code.fma(a, spread, x[0][0])]]

@@ -23,6 +23,7 @@ import numpy as np
 from kernels import simd
 
 GROUP = 16  # channels between two entries of `starts`; whole vectors on every level
+SLACK = 16  # indices behind the last, which may be read: as many as a vector has lanes, or more
 
 # Inputs of a chunk, at least. With 16 registers fewer pixels are summed at a time: of as many more
 # inputs there is room for them.
@@ -42,15 +43,15 @@ class Sparse(NamedTuple):
     block: int  #: output channels that share an index: 1 or 4
     depth: int  #: inputs of the longest chunk
     values: np.ndarray  #: float32 (weights,), those of a block side by side
-    indices: np.ndarray  #: uint8 (inputs,), from the chunk's first input
+    indices: np.ndarray  #: uint8 (inputs + SLACK,), from the chunk's first input
     counts: np.ndarray  #: uint8 (chunks, rows, kinds), of inputs
     starts: np.ndarray  #: int32 (chunks * groups of 16 channels + 1, 2), in inputs and in weights
     edges: np.ndarray  #: int32 (chunks + 1,), the inputs at which chunks begin
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays, indices included."""
-        return sum(a.nbytes for a in self.arrays)
+        """Bytes of all arrays, indices included, without the slack."""
+        return sum(a.nbytes for a in self.arrays) - SLACK
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
@@ -112,7 +113,7 @@ def pack(weights: np.ndarray, block: int = 1, depth: int | None = None) -> Spars
         block,
         int(np.diff(edges).max()),
         np.concatenate(values),
-        np.concatenate(indices),
+        np.concatenate([*indices, np.zeros(SLACK, np.uint8)]),
         table.astype(np.uint8),
         starts,
         edges,
@@ -128,7 +129,7 @@ def unpack(packed: Sparse) -> np.ndarray:
     numbers = np.zeros((len(each), members.shape[1]), np.float32)
     numbers[members[kind]] = packed.values
     dense = np.zeros((packed.edges[-1], rows, members.shape[1]), np.float32)
-    dense[packed.edges[chunk] + packed.indices, row] = numbers
+    dense[packed.edges[chunk] + packed.indices[:-SLACK], row] = numbers
     channels = packed.shape[3]
     return np.ascontiguousarray(dense.reshape(len(dense), -1)[:, :channels]).reshape(packed.shape)
 
