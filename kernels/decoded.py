@@ -124,28 +124,39 @@ def _rows(kind: int) -> Any:
         for task in prange(M * stripes):
             m, first = task // stripes, task % stripes * wide
             end = min(N, first + wide)
-            for k in range(0, K, 4):
+            for n in range(first, end, 16):
+                acc = simd.load(1, V, bias, n, 0)
+                if onto:
+                    acc = simd.add(acc, simd.load(1, V, Y, m * N + n, 0))
+                simd.store(acc, Y, m * N + n, 0)
+            for k in range(0, K - 3, 4):  # four rows a pass; what they are multiplied with is held
+                ix = m * K + k
+                x0, x1 = simd.spread(1, X, ix, 0), simd.spread(1, X, ix + 1, 0)
+                x2, x3 = simd.spread(1, X, ix + 2, 0), simd.spread(1, X, ix + 3, 0)
                 for n in range(first, end, 16):
-                    ix, i, iy = m * K + k, k * N + n, m * N + n
-                    if k == 0:
-                        acc = simd.load(1, V, bias, n, 0)
-                        if onto:
-                            acc = simd.add(acc, simd.load(1, V, Y, iy, 0))
-                    else:
-                        acc = simd.load(1, V, Y, iy, 0)
-                    if k + 4 <= K:
-                        for j in range(4):
-                            at = i + j * N
-                            w = simd_decode.decoded(kind, S, at, book, at % columns, columns)
-                            acc = simd.fma(acc, w, simd.spread(1, X, ix + j, 0))
-                    else:
-                        for j in range(K - k):
-                            at = i + j * N
-                            w = simd_decode.decoded(kind, S, at, book, at % columns, columns)
-                            acc = simd.fma(acc, w, simd.spread(1, X, ix + j, 0))
-                    if k + 4 >= K:
-                        acc = simd.maximum(acc, least)
-                    simd.store(acc, Y, iy, 0)
+                    at = k * N + n
+                    acc = simd.load(1, V, Y, m * N + n, 0)
+                    w = simd_decode.decoded(kind, S, at, book, at % columns, columns)
+                    acc = simd.fma(acc, w, x0)
+                    at += N
+                    w = simd_decode.decoded(kind, S, at, book, at % columns, columns)
+                    acc = simd.fma(acc, w, x1)
+                    at += N
+                    w = simd_decode.decoded(kind, S, at, book, at % columns, columns)
+                    acc = simd.fma(acc, w, x2)
+                    at += N
+                    w = simd_decode.decoded(kind, S, at, book, at % columns, columns)
+                    simd.store(simd.fma(acc, w, x3), Y, m * N + n, 0)
+            for k in range(K // 4 * 4, K):
+                x0 = simd.spread(1, X, m * K + k, 0)
+                for n in range(first, end, 16):
+                    at = k * N + n
+                    acc = simd.load(1, V, Y, m * N + n, 0)
+                    w = simd_decode.decoded(kind, S, at, book, at % columns, columns)
+                    simd.store(simd.fma(acc, w, x0), Y, m * N + n, 0)
+            for n in range(first, end, 16):
+                acc = simd.maximum(simd.load(1, V, Y, m * N + n, 0), least)
+                simd.store(acc, Y, m * N + n, 0)
 
     return rows
 
