@@ -18,6 +18,7 @@ A convolution decodes all its weights first, once a call, and runs as `kernels.c
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -354,4 +355,4 @@ def _named(packed: Packed, function: str) -> str:
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """(K, N) of weights (K, N), or of a convolution's, whose taps and channels make the rows."""
-    return int(np.prod(shape[:-1])), shape[-1]
+    return math.prod(shape[:-1]), shape[-1]
