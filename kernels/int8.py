@@ -215,6 +215,13 @@ def widen_bytes(X, ix, A, ia, count):
         A[ia + i] = X[ix + i]
 
 
+@jit(inline=True)
+def fill_widened(value, A, ia, count):
+    """A[ia + i] = value, i < count; A int16, flat."""
+    for i in range(count):
+        A[ia + i] = value
+
+
 # --- element by element ---------------------------------------------------------------------------
 
 
