@@ -94,6 +94,11 @@ ROWS = (CHOSEN.rows[0], *CHOSEN.rows)
 TILE = (ROWS[-1], len(ROWS) - 1)
 #: Whether bytes are multiplied as int16, and so are better widened once than in each product.
 WIDENS = CHOSEN.dot4 == "pmaddwd"
+#: Whether whole images are, too, and bytes of depthwise layers multiplied in pairs: measured where
+#: registers are few and of 32 bytes.
+WIDENS_IMAGES = WIDENS and CHOSEN.vector_bytes == 32
+#: Whether there are loads and stores of some bytes of a vector: elsewhere a branch for each byte.
+MASKS_BYTES = CHOSEN.vector_bytes == 64
 
 
 class LevelCode(Code):

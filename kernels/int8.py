@@ -181,7 +181,7 @@ def checked_sums(
 # --- moving bytes ---------------------------------------------------------------------------------
 
 
-@jit
+@jit(inline=True)
 def copy_bytes(X, ix, Y, iy, count):
     """Y[iy + i] = X[ix + i], i < count; X, Y flat."""
     W = 4 * simd_int.byte_lanes()
@@ -192,7 +192,7 @@ def copy_bytes(X, ix, Y, iy, count):
             simd_int.store_bytes(simd_int.bytes_at(X, ix + i, count - i), Y, iy + i, count - i)
 
 
-@jit
+@jit(inline=True)
 def fill_bytes(value, Y, iy, count):
     """Y[iy + i] = value, i < count; Y flat."""
     W = 4 * simd_int.byte_lanes()
@@ -213,6 +213,13 @@ def widen_bytes(X, ix, A, ia, count):
         simd_int16.store_widened(X, ix + i, A, ia + i)
     for i in range(whole, count):
         A[ia + i] = X[ix + i]
+
+
+@jit(inline=True)
+def fill_widened(value, A, ia, count):
+    """A[ia + i] = value, i < count; A int16, flat."""
+    for i in range(count):
+        A[ia + i] = value
 
 
 # --- element by element ---------------------------------------------------------------------------

@@ -12,6 +12,9 @@ The loops are those of `kernels.conv`, in steps of four channels (`kernels.int8_
 taps along x are neighbours and there are four, eight, ... channels they are one loop. Images with
 fewer than four channels are copied first, the padding filled with x_zero; then the taps along x,
 if neighbours, are one row of numbers, and their channels make whole quads together.
+
+Where a level WIDENS_IMAGES, all are copied, as int16, and met by weights that were widened too
+(`kernels.int8_product`): unless so few taps read a number that it costs more.
 """
 
 # mypy: allow-untyped-defs
@@ -27,8 +30,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange
 
-from kernels import int8, memory, simd, simd_int
+from kernels import int8, memory, simd, simd_int, simd_int16
 from kernels._jit import Variants
+from kernels._levels import WIDENS_IMAGES
 from kernels.conv import _Axis, _table
 from kernels.geometry import Window
 from kernels.int8 import Scaling, checked_sums, fitted, operand, result, widened
@@ -37,31 +41,36 @@ from kernels.int8_product import Call, Linear, Panels, height, linear, pack, pac
 _BLOCK_BYTES = 384 * 1024  # of images that one panel of weights passes over
 _TASKS = 16  # wanted at least
 _MOST = 8  # rows of a tile of several vectors: above, LLVM keeps some of the sums in memory
-SLACK = 4  # bytes after a copied image, which the last quad reads and multiplies by 0
+SLACK = 4  # numbers after a copied image, which the last quad reads and multiplies by 0
+COPY_ITEM = 2 if WIDENS_IMAGES else 1  # bytes of a number of a copied image, at most
 
 
 # --- kernels --------------------------------------------------------------------------------------
 
 
-def _tiles(mr: int, nr: int) -> Any:
+def _tiles(mr: int, nr: int, widens: bool) -> Any:
+    per = 2 if widens else 4
+    dot: Any = simd_int16.dot2 if widens else simd_int.dot4
+    dot_rows: Any = simd_int16.dot2_rows if widens else simd_int.dot4_rows
+
     def tiles(X, P, base, scale, low, high, zero, Y, sizes, R, T, cases, first_task, last_task):
         # Y[b, y, x + i, first + n] = result of base[cases[y] + cases[OH + x + i], first + n] +
         #     sum_{t, s, c} X[b, up + t dy, left + i sx + s dx, c] w[t, s, c, first + n]
         # for each (y, up, t_lo, t_hi) in R, t_lo <= t < t_hi, and each tile of mr pixels i in T:
         # see `conv._table`; 0 <= n < cols
         # X (B, H, V, C) uint8, P packed weights, Y (B, OH, OW, N) uint8 or float32, all flat
-        # base (cases, N filled up), scale (N filled up,)
-        # quads of one tap; tail: the last of them covers the last four channels
+        # base (cases, N filled up), scale (N filled up,);  widens: X and P as int16
+        # quads of one tap; whole: steps over it; tail: another quad covers the last four channels
         # tasks are blocks of images x groups of panels
         B, H, V, C, OH, OW, N = sizes[0]
-        TY, TX, dy, sx, dx, quads, tail = sizes[1]
+        TY, TX, dy, sx, dx, quads, whole, tail = sizes[1]
         first, cols, origin, block, groups = sizes[2]
         L = simd.lanes(base)
         W = nr * L
         wide = base.shape[1]
         panels = (cols + W - 1) // W
-        tap = quads * 4 * W  # bytes of packed weights
-        whole = quads - tail
+        tap = quads * 4 * W  # numbers of packed weights
+        steps = whole + tail * (4 // per)
         joined = dx == 1 and 4 * quads == C
         for task in prange(first_task, last_task):
             r, g = task // groups, task % groups
@@ -92,12 +101,14 @@ def _tiles(mr: int, nr: int) -> Any:
                                     ip = panel + (t * TX + run) * tap
                                     for _ in range(length):
                                         simd.rolled()
-                                        acc = simd_int.dot4(acc, X, ix, sx * C, P, ip)
-                                        ix += 4
-                                        ip += 4 * W
+                                        acc = dot(acc, X, ix, sx * C, P, ip)
+                                        ix += per
+                                        ip += per * W
                                     if tail:
-                                        ix += C - 4 - 4 * whole
-                                        acc = simd_int.dot4(acc, X, ix, sx * C, P, ip)
+                                        ix += C - 4 - per * whole
+                                        acc = dot(acc, X, ix, sx * C, P, ip)
+                                        if widens:
+                                            acc = dot(acc, X, ix + 2, sx * C, P, ip + 2 * W)
                             for s in range(s_lo, s_hi):
                                 if f_lo <= s < f_hi:
                                     continue
@@ -105,13 +116,13 @@ def _tiles(mr: int, nr: int) -> Any:
                                 for t in range(t_lo, t_hi):
                                     ix = at + (t * dy * V + s * dx) * C
                                     ip = panel + (t * TX + s) * tap
-                                    for q in range(quads):
+                                    for q in range(steps):
                                         simd.rolled()
-                                        jx = ix + (C - 4 if q == whole else 4 * q)
-                                        acc = simd_int.dot4_rows(
-                                            acc, X, jx, sx * C, P, ip, row_lo, row_hi
-                                        )
-                                        ip += 4 * W
+                                        jx = ix + per * q
+                                        if q >= whole:
+                                            jx += C - 4 - per * whole
+                                        acc = dot_rows(acc, X, jx, sx * C, P, ip, row_lo, row_hi)
+                                        ip += per * W
                             by = simd.load(1, nr, scale, n, 0)
                             iy = ((b * OH + y) * OW + x) * N + n
                             if done == 0 and hi == mr and part == W:
@@ -125,31 +136,34 @@ def _tiles(mr: int, nr: int) -> Any:
 
 
 @cache
-def tile_kernel(mr: int, nr: int) -> Variants:
+def tile_kernel(mr: int, nr: int, widens: bool = False) -> Variants:
     """X, P, base, scale, low, high, zero, Y, sizes, R, T, cases, first, last: see above."""
-    return Variants(_tiles(mr, nr))
+    return Variants(_tiles(mr, nr, widens))
 
 
-def _pad_loop(X, S, zero, sizes, first_task, last_task):
-    # S[b, y, x, c] = X[b, y - top, x - left, c] inside X, else zero
-    # X (B, H, V, C), S (B, h, v, C) and slack, both flat uint8;  a task is an image
-    H, V, C, h, v, top, left = sizes
-    for b in prange(first_task, last_task):
-        lo, hi = max(0, left), min(v, V + left)
-        for y in range(h):
-            row = (b * h + y) * v * C
-            if not 0 <= y - top < H or hi <= lo:
-                int8.fill_bytes(zero, S, row, v * C)
-                continue
-            int8.fill_bytes(zero, S, row, lo * C)
-            int8.copy_bytes(
-                X, ((b * H + y - top) * V + lo - left) * C, S, row + lo * C, (hi - lo) * C
-            )
-            int8.fill_bytes(zero, S, row + hi * C, (v - hi) * C)
+def _pad(fill: Any, copy: Any) -> Any:
+    def pad(X, S, zero, sizes, first_task, last_task):
+        # S[b, y, x, c] = X[b, y - top, x - left, c] inside X, else zero
+        # X (B, H, V, C) uint8, S (B, h, v, C) and slack, both flat;  a task is an image
+        H, V, C, h, v, top, left = sizes
+        for b in prange(first_task, last_task):
+            lo, hi = max(0, left), min(v, V + left)
+            for y in range(h):
+                row = (b * h + y) * v * C
+                if not 0 <= y - top < H or hi <= lo:
+                    fill(zero, S, row, v * C)
+                    continue
+                fill(zero, S, row, lo * C)
+                copy(X, ((b * H + y - top) * V + lo - left) * C, S, row + lo * C, (hi - lo) * C)
+                fill(zero, S, row + hi * C, (v - hi) * C)
+
+    return pad
 
 
-#: X, S, zero, sizes = (H, V, C, h, v, top, left), first, last.
-PAD = Variants(_pad_loop)
+#: X, S, zero, sizes = (H, V, C, h, v, top, left), first, last; S uint8.
+PAD = Variants(_pad(int8.fill_bytes, int8.copy_bytes))
+#: The same with S int16.
+PAD_WIDENED = Variants(_pad(int8.fill_widened, int8.widen_bytes))
 
 
 # --- packed layers --------------------------------------------------------------------------------
@@ -158,18 +172,29 @@ PAD = Variants(_pad_loop)
 class Placed(NamedTuple):
     """A layer for images of one size: what its kernels need besides the arrays.
 
-    `copy` are the sizes of `PAD`, if the image is to be copied first, `scratch` then the bytes of
-    a copied image. `base` are the sums' beginnings by case.
+    `copy` are the sizes of `PAD`, if the image is to be copied first, `scratch` then the numbers
+    of a copied image, and `widens` whether they are int16. `base` are the sums' beginnings by case.
     """
 
     output: tuple[int, int]
     copy: tuple[int, ...] | None
+    widens: bool
     scratch: int
     base: np.ndarray
     rows: np.ndarray
     cases: np.ndarray
     taps: tuple[int, ...]
     image: tuple[int, int, int]
+
+    @property
+    def pad(self) -> Variants:
+        """The kernel that makes the copy."""
+        return PAD_WIDENED if self.widens else PAD
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the copy."""
+        return np.dtype(np.int16 if self.widens else np.uint8)
 
 
 @dataclass(frozen=True)
@@ -243,12 +268,14 @@ def _place(layer: Convolution, height: int, width: int) -> Placed:
     win = layer.win
     size = (height, width)
     output = win.output(height, width)
-    copy, scratch = None, 0
+    reads = math.prod(output) * math.prod(win.kernel)
+    widens = WIDENS_IMAGES and reads >= height * width
+    copy = None
     if layer.inputs < 4:  # all that windows touch, and no more
         copy = copied(height, width, layer.inputs, win)
-        h, v = copy[3:5]
-        scratch = h * v * layer.inputs
-        size, win = (h, v), win._replace(padding=((0, 0), (0, 0)))
+        size, win = (copy[3], copy[4]), win._replace(padding=((0, 0), (0, 0)))
+    elif widens:
+        copy = (*size, layer.inputs, *size, 0, 0)
     sums = layer.sums.reshape(*win.kernel, -1)
     base, cases = beginnings(size, win, sums, layer.bias, layer.x_zero)
     taps = (win.kernel[1], win.dilation[0], win.stride[1], win.dilation[1])
@@ -258,7 +285,8 @@ def _place(layer: Convolution, height: int, width: int) -> Placed:
     return Placed(
         output,
         copy,
-        scratch,
+        widens,
+        math.prod(copy[2:5]) if copy else 0,
         base,
         rows,
         cases,
@@ -282,9 +310,15 @@ def _axis(output: tuple[int, int], win: Window, axis: int, taps: int = 0) -> _Ax
 def _calls(layer: Convolution, images: int, at: Placed) -> list[tuple[Call, np.ndarray]]:
     calls = []
     h, v, channels = at.image
-    win = layer.win if at.copy is None else layer.win._replace(padding=((0, 0), (0, 0)))
-    tail = int(channels >= 4 and channels % 4 > 0)
-    block = max(1, min(images, _BLOCK_BYTES // (h * v * channels), images // _TASKS))
+    few = channels < 4
+    win = layer.win._replace(padding=((0, 0), (0, 0))) if few else layer.win
+    quads, tail = layer.panels.quads, int(not few and channels % 4 > 0)
+    whole = quads - tail
+    if at.widens:  # of the quads that few channels are filled up to, a half may do
+        row = channels * win.kernel[1] if few and win.dilation[1] == 1 else channels
+        whole = -(-row // 2) if few else 2 * whole
+    image = h * v * channels * at.dtype.itemsize
+    block = max(1, min(images, _BLOCK_BYTES // image, images // _TASKS))
     blocks = -(-images // block)
     for part in layer.panels.parts:
         most = simd.ROWS[part.nr] if part.nr == 1 else min(_MOST, simd.ROWS[part.nr] + 2)
@@ -294,10 +328,10 @@ def _calls(layer: Convolution, images: int, at: Placed) -> list[tuple[Call, np.n
         groups = max(1, min(part.panels, _TASKS // blocks))
         sizes: Any = (
             (images, h, v, channels, *at.output, layer.outputs),
-            (*at.taps, layer.panels.quads, tail),
+            (*at.taps, quads, whole, tail),
             (part.first, part.cols, part.origin, block, groups),
         )
-        calls.append((Call(mr, part.nr, sizes, blocks * groups), columns))
+        calls.append((Call(mr, part.nr, sizes, blocks * groups, at.widens), columns))
     return calls
 
 
@@ -345,14 +379,14 @@ def conv2d(x: np.ndarray, layer: Convolution, *, out: np.ndarray | None = None) 
     y = result("conv2d", (len(x), *at.output, layer.outputs), layer.scaling.dtype, out)
     images = x.reshape(-1)
     if at.copy is not None:
-        images = memory.empty(len(x) * at.scratch + SLACK, np.uint8)
+        images = memory.empty(len(x) * at.scratch + SLACK, at.dtype)
         images[-SLACK:] = 0
-        PAD.choose(images.nbytes)(x.reshape(-1), images, layer.x_zero, at.copy, 0, len(x))
+        at.pad.choose(images.nbytes)(x.reshape(-1), images, layer.x_zero, at.copy, 0, len(x))
     macs = y.size * math.prod(layer.win.kernel) * layer.inputs
     for call, columns in layer.calls(len(x), *x.shape[1:3]):
-        tile_kernel(call.mr, call.nr).choose(macs // 4)(
+        tile_kernel(call.mr, call.nr, call.wide).choose(macs // 4)(
             images,
-            layer.panels.packed,
+            layer.panels.weights(call.wide),
             at.base,
             *layer.scaling[:4],
             y.reshape(-1),

@@ -189,7 +189,7 @@ class Call(NamedTuple):
     nr: int
     sizes: tuple[int, ...]
     tasks: int
-    wide: bool = False  # whether weights are int16
+    wide: bool  # whether numbers and weights are int16
 
 
 # --- public ---------------------------------------------------------------------------------------

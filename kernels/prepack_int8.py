@@ -71,11 +71,13 @@ def linear(program: Program, layer: Linear, x: Slot, y: Slot, scratch: Slot | No
 
 
 def conv2d_scratch(layer: Convolution, images: int, height: int, width: int) -> int:
-    """Bytes for so many images of this size: those of few channels are copied."""
+    """Bytes for so many images of this size, where they are copied."""
     if layer.pointwise is not None:
         return linear_scratch(layer.pointwise, images * height * width)
     at = layer.placed(height, width)
-    return 0 if at.copy is None else images * at.scratch + int8_conv.SLACK
+    if at.copy is None:
+        return 0
+    return (images * at.scratch + int8_conv.SLACK) * at.dtype.itemsize
 
 
 def conv2d(program: Program, layer: Convolution, x: Slot, y: Slot, scratch: Slot | None) -> None:
@@ -88,14 +90,14 @@ def conv2d(program: Program, layer: Convolution, x: Slot, y: Slot, scratch: Slot
     source = _flat(x)
     if at.copy is not None:
         assert scratch is not None
-        source = scratch._replace(shape=(images * at.scratch + int8_conv.SLACK,), dtype=_BYTE)
+        source = scratch._replace(shape=(images * at.scratch + int8_conv.SLACK,), dtype=at.dtype)
         sizes = _flat(x), source, layer.x_zero, at.copy
-        program.add(int8_conv.PAD, source.nbytes, *sizes, tasks=images)
+        program.add(at.pad, source.nbytes, *sizes, tasks=images)
     macs = math.prod(y.shape) * math.prod(layer.win.kernel) * layer.inputs
     for call, columns in layer.calls(images, height, width):
         program.add(
-            int8_conv.tile_kernel(call.mr, call.nr), _quads(macs),
-            source, layer.panels.packed, at.base, *layer.scaling[:4], _flat(y),
+            int8_conv.tile_kernel(call.mr, call.nr, call.wide), _quads(macs),
+            source, layer.panels.weights(call.wide), at.base, *layer.scaling[:4], _flat(y),
             call.sizes, at.rows, columns, at.cases, tasks=call.tasks,
         )  # fmt: skip
     return None

@@ -16,7 +16,7 @@ from numba import types
 from numba.core.errors import TypingError
 
 from kernels import _bytes
-from kernels._emit import I8, I32, I64, Tile, constant, static_bounds
+from kernels._emit import I32, I64, Tile, constant, static_bounds
 from kernels._levels import LANES
 from kernels._primitive import (
     OFFSET,
@@ -35,31 +35,6 @@ def _int32(name: str, *kinds: Any) -> None:
     for kind in kinds:
         if kind.dtype != types.int32:
             raise TypingError(f"simd_int.{name}: expected a Tile of int32, got {kind}")
-
-
-def _byte_vector(count: int) -> Any:
-    return ir.VectorType(I8, count)
-
-
-def _mask(code: Any, cols: Any, count: int) -> Any:
-    """As `Code.mask`, in fewer instructions for many lanes: at most 64."""
-    b = code.builder
-    for sign, bound in (("<", 0), (">", count)):
-        cols = b.select(b.icmp_signed(sign, cols, I64(bound)), I64(bound), cols)
-    steps = ir.Constant(_byte_vector(count), list(range(count)))
-    return b.icmp_signed("<", steps, code.splat(b.trunc(cols, I8), count))
-
-
-def _masked_bytes(code: Any, pointer: Any, mask: Any, store: Any = None) -> Any:
-    """As `Code.masked`, of bytes."""
-    kind = _byte_vector(mask.type.count)
-    pointer = code.builder.bitcast(pointer, kind.as_pointer())
-    if store is None:
-        zero = ir.Constant(kind, None)
-        name = f"llvm.masked.load.v{kind.count}i8.p0"
-        return code.call(name, kind, pointer, I32(1), mask, zero)
-    name = f"llvm.masked.store.v{kind.count}i8.p0"
-    return code.call(name, ir.VoidType(), store, pointer, I32(1), mask)
 
 
 def _byte_tile(mr: Any, nr: Any) -> Tile:
@@ -84,7 +59,7 @@ def load_bytes(typing, mr, nr, X, ix, ld):
 
     def emit(code, mr, nr, X, ix, ld):
         def vector(i, j):
-            bytes_ = code.load(code.at(X, ix, i, ld, j * L), _byte_vector(L))
+            bytes_ = code.load(code.at(X, ix, i, ld, j * L), _bytes.vector(L))
             return getattr(code.builder, extend)(bytes_, tile.vector)
 
         return [[vector(i, j) for j in range(tile.nr)] for i in range(tile.mr)]
@@ -100,10 +75,10 @@ def load_bytes_part(typing, mr, nr, X, ix, ld, cols):
     L, extend = tile.lanes, "sext" if X.dtype.signed else "zext"
 
     def emit(code, mr, nr, X, ix, ld, cols):
-        masks = [_mask(code, code.builder.sub(cols, I64(j * L)), L) for j in range(tile.nr)]
+        masks = [_bytes.mask(code, code.builder.sub(cols, I64(j * L)), L) for j in range(tile.nr)]
 
         def vector(i, j):
-            bytes_ = _masked_bytes(code, code.at(X, ix, i, ld, j * L), masks[j])
+            bytes_ = _bytes.masked(code, code.at(X, ix, i, ld, j * L), L, masks[j])
             return getattr(code.builder, extend)(bytes_, tile.vector)
 
         return [[vector(i, j) for j in range(tile.nr)] for i in range(tile.mr)]
@@ -127,9 +102,10 @@ def bytes_at(typing, X, ix, cols):
 
     def emit(code, X, ix, cols):
         if part:
-            x = _masked_bytes(code, code.at(X, ix), _mask(code, cols, 4 * LANES))
+            mask = _bytes.mask(code, cols, 4 * LANES)
+            x = _bytes.masked(code, code.at(X, ix), 4 * LANES, mask)
         else:
-            x = code.load(code.at(X, ix), _byte_vector(4 * LANES))
+            x = code.load(code.at(X, ix), _bytes.vector(4 * LANES))
         return [[code.builder.bitcast(x, tile.vector)]]
 
     return primitive(tile, (X, OFFSET, OFFSET if part else cols), emit)
@@ -141,7 +117,7 @@ def max_bytes(typing, x, y):
     _int32("max_bytes", x, y)
 
     def op(code, p, q):
-        b, kind, whole = code.builder, _byte_vector(4 * x.lanes), p.type
+        b, kind, whole = code.builder, _bytes.vector(4 * x.lanes), p.type
         p, q = b.bitcast(p, kind), b.bitcast(q, kind)
         return b.bitcast(b.select(b.icmp_unsigned(">", p, q), p, q), whole)
 
@@ -156,10 +132,11 @@ def store_bytes(typing, x, Y, iy, cols):
     part = not isinstance(cols, types.IntegerLiteral)
 
     def emit(code, x, Y, iy, cols):
-        kind, pointer = _byte_vector(4 * x[0][0].type.count), code.at(Y, iy)
+        kind, pointer = _bytes.vector(4 * x[0][0].type.count), code.at(Y, iy)
         y = code.builder.bitcast(x[0][0], kind)
         if part:
-            _masked_bytes(code, pointer, _mask(code, cols, kind.count), y)
+            mask = _bytes.mask(code, cols, kind.count)
+            _bytes.masked(code, pointer, kind.count, mask, y)
         else:
             code.builder.store(y, code.builder.bitcast(pointer, kind.as_pointer()), align=1)
 
@@ -266,7 +243,7 @@ def _dot4(name: str, acc: Any, A: Any, B: Any, lo: Any = None, hi: Any = None) -
     check_array(name, A, types.uint8)
     check_array(name, B, types.int8)
     vec, L = acc.vector, acc.lanes
-    bytes_ = _byte_vector(4 * L)
+    bytes_ = _bytes.vector(4 * L)
 
     def vectors(code, B, ib):
         return [
@@ -315,10 +292,7 @@ def _columns(code: Any, x: Any, count: int, bounds: Any, static: Any, column: An
         for i, row in new.items():
             merged = []
             for was, now in zip(x[i], row, strict=True):
-                phi = b.phi(was.type)
-                phi.add_incoming(was, before)
-                phi.add_incoming(now, end)
-                merged.append(phi)
+                merged.append(_bytes.merged(b, (was, before), (now, end)))
             x[i] = merged
     return x
 
@@ -337,15 +311,17 @@ def slide_bytes(typing, acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, cols)
     if (acc.nr, acc.lanes) != (4, w.lanes) or w.nr != 4:
         raise TypingError(f"simd_int.slide_bytes: {acc} and {w} do not fit")
     S, R, static = constant(step), constant(rows), static_bounds(lo, hi)
-    part, kind = not isinstance(cols, types.IntegerLiteral), _byte_vector(4 * acc.lanes)
+    part, kind = not isinstance(cols, types.IntegerLiteral), _bytes.vector(4 * acc.lanes)
 
     def emit(code, acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, cols):
         starts = [ix, *(code.builder.add(ix, o) for o in (o1, o2, o3)[: R - 1])]
-        mask = _mask(code, cols, kind.count) if part else None
+        mask = _bytes.mask(code, cols, kind.count) if part else None
 
         def load(start, c):
             pointer = code.at(X, start, c, ld)
-            return _masked_bytes(code, pointer, mask) if part else code.load(pointer, kind)
+            if not part:
+                return code.load(pointer, kind)
+            return _bytes.masked(code, pointer, kind.count, mask)
 
         def column(c, old):
             pairs = [(o, c - o * S) for o in range(len(old)) if 0 <= c - o * S < len(w)]
@@ -428,11 +404,11 @@ def _store_scaled(
                 if not limits:
                     code.store(y, pointer)
                     continue
-                mask = _mask(code, b.sub(limits[2], I64(start)), y.type.count)
+                left, count = b.sub(limits[2], I64(start)), y.type.count
                 if to_bytes:
-                    _masked_bytes(code, pointer, mask, y)
+                    _bytes.masked(code, pointer, count, _bytes.mask(code, left, count), y)
                 else:
-                    code.masked(pointer, real, mask, y)
+                    code.masked(pointer, real, _bytes.lanes(code, left, count), y)
             return []
 
         if limits:

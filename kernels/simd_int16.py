@@ -9,6 +9,8 @@ bytes. Widened beforehand, they take part in many products. The primitives follo
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -61,15 +63,10 @@ def store_widened(typing, X, ix, A, ia):
     return primitive(types.void, (X, OFFSET, A, OFFSET), emit)
 
 
-@tile_intrinsic
-def dot2(typing, acc, A, ia, lda, B, ib):
-    """acc[i, j, l] += sum_{t<2} A[ia + i lda + t] B[ib + 2 (j L + l) + t]; A, B int16.
-
-    Exact for numbers of nine bits; acc int32, wrapping around. On little-endian processors.
-    """
-    _int32("dot2", acc)
-    check_array("dot2", A, types.int16)
-    check_array("dot2", B, types.int16)
+def _dot2(name: str, acc: Any, A: Any, B: Any, lo: Any = None, hi: Any = None) -> Any:
+    _int32(name, acc)
+    check_array(name, A, types.int16)
+    check_array(name, B, types.int16)
     L, half = acc.lanes, ir.VectorType(I16, 2 * acc.lanes)
 
     def vectors(code, B, ib):
@@ -81,4 +78,19 @@ def dot2(typing, acc, A, ia, lda, B, ib):
         a = code.builder.bitcast(a, half)
         return [code.dot2(x[i][j], a, b[j]) for j in range(acc.nr)]
 
-    return _update(acc, (acc, A, OFFSET, OFFSET, B, OFFSET), vectors, row, None, None)
+    return _update(acc, (acc, A, OFFSET, OFFSET, B, OFFSET), vectors, row, lo, hi)
+
+
+@tile_intrinsic
+def dot2(typing, acc, A, ia, lda, B, ib):
+    """acc[i, j, l] += sum_{t<2} A[ia + i lda + t] B[ib + 2 (j L + l) + t]; A, B int16.
+
+    Exact for numbers of nine bits; acc int32, wrapping around. On little-endian processors.
+    """
+    return _dot2("dot2", acc, A, B)
+
+
+@tile_intrinsic
+def dot2_rows(typing, acc, A, ia, lda, B, ib, lo, hi):
+    """As `dot2`, in rows lo <= i < hi only. A is not read for others; constants save branches."""
+    return _dot2("dot2_rows", acc, A, B, lo, hi)

@@ -16,7 +16,7 @@ import numpy as np
 
 from kernels import int8, prepack_int8
 from kernels.geometry import Pair, Window
-from kernels.int8_conv import pack_conv2d
+from kernels.int8_conv import COPY_ITEM, SLACK, pack_conv2d
 from kernels.int8_depthwise import pack_depthwise2d
 from kernels.int8_product import Linear, pack_linear
 from tinynn.deploy.steps import BYTE, FLOAT, Arrays, Sides, Site, Step, Windowed
@@ -158,11 +158,12 @@ class IntConv(_Slid):
 
     def scratch(self, inputs: Sequence[Shape], output: Shape) -> int:
         height, width, channels = inputs[0]
-        if channels >= 4:
-            return 0
+        sides = tuple(n + sum(p) for n, p in zip((height, width), self.padding, strict=True))
+        if channels >= 4:  # a copy in longer numbers, where it is not a product
+            copied = COPY_ITEM > 1 and not (height, width) == sides == output[:2]
+            return _quads((math.prod(inputs[0]) + SLACK) * COPY_ITEM) if copied else 0
         # a copy of what windows touch, or of each pixel as four bytes
-        sides = [n + sum(p) for n, p in zip((height, width), self.padding, strict=True)]
-        return max(_quads(math.prod(sides) * channels) + 1, height * width)
+        return max(_quads((math.prod(sides) * channels + SLACK) * COPY_ITEM), height * width)
 
     def emit(self, at: Site) -> None:
         layer, x = self._packed(at, pack_conv2d), at.inputs[0]
