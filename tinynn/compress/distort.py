@@ -48,8 +48,9 @@ def distort(
     """A new model with w + scale * U[low, high) * amplitude(w) for every parameter w.
 
     `formula` names the amplitude: see FORMULAS. `only` names the parameters to distort, by dotted
-    path; the others stay. The defaults are the published distortion, whose random numbers are
-    never negative, so that it pushes all parameters up.
+    path; the others stay. Masked weights stay zero, those that share a value move together. The
+    defaults are the published distortion, whose random numbers are never negative, so that it
+    pushes all parameters up.
     Raises ConfigError for an unknown formula or parameter, or a scale or range that is no number.
     """
     if formula not in FORMULAS:
@@ -67,4 +68,5 @@ def distort(
         amplitude = scale * FORMULAS[formula](p.data)
         noise = rng.uniform(low, high, p.shape) * amplitude
         p.mutate()[...] += noise.astype(p.dtype)
+        p.hold()
     return out

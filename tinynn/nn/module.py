@@ -119,7 +119,11 @@ class Parameter(Tensor):
         self.hold()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
-        out = self.like(self._data)
+        return self.astype(self.dtype)
+
+    def astype(self, dtype: npt.DTypeLike) -> Parameter:
+        """A copy in a floating dtype, held by the same mask and codes."""
+        out = self.like(self._data.astype(dtype, copy=False))
         out._mask, out._codes, out._first = self._mask, self._codes, self._first
         return out
 
@@ -273,10 +277,11 @@ class Module:
     def astype(self: Self, dtype: npt.DTypeLike) -> Self:
         """A copy in another floating dtype, for instance float64 for gradient checks."""
         out = self.copy()
+        new = {id(p): p.astype(dtype) for p in out.parameters()}
         for _, module in out.named_modules():
             for name, value in list(vars(module).items()):
                 if isinstance(value, Parameter):
-                    setattr(module, name, value.like(value._data.astype(dtype)))
+                    setattr(module, name, new[id(value)])
                 elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
                     setattr(module, name, value.astype(dtype))
         return out
