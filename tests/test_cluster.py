@@ -283,3 +283,18 @@ def test_what_does_not_fit_is_refused() -> None:
             cluster.kmeans(model, **options)  # type: ignore[arg-type]
     with pytest.raises(PruneError, match="no weights"):
         cluster.rounded(model, 2, only=["0.bias"])
+
+
+def test_another_dtype_keeps_masks_codes_and_what_is_shared() -> None:
+    model = net()
+    model.tied = nn.Linear(8, 5, rng=np.random.default_rng(0))
+    model.tied.weight = model[7].weight  # type: ignore[assignment]
+    sparse = sparsify.weights(model, sparsify.magnitude, sparsify.share(0.5))
+    made = cluster.kmeans(sparse, 4).astype(np.float64)
+    assert made.tied.weight is made[7].weight  # type: ignore[union-attr]
+    for name, p in weights(made).items():
+        assert p.dtype == np.float64
+        np.testing.assert_array_equal(p.mask, weights(sparse)[name].mask)
+        p.mutate()[...] = np.random.default_rng(0).standard_normal(p.shape)
+        p.hold()
+        assert len(np.unique(p.data)) <= 4

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinynn import nn
-from tinynn.compress import distort, merge
+from tinynn.compress import cluster, distort, merge, sparsify
 from tinynn.errors import ConfigError, PruneError
 from tinynn.observe import observe
 from tinynn.tensor import Tensor
@@ -224,3 +224,15 @@ def test_what_is_frozen_stays_frozen() -> None:
     merged = merge.affine(model, observe(model, [x]))
     frozen = {n: not p.requires_grad for n, p in merged.named_parameters()}
     assert frozen == {"0.weight": False, "0.bias": False, "2.weight": True, "2.bias": False}
+
+
+def test_distortion_keeps_zeros_and_shared_values() -> None:
+    model = net(8, 32, 2)
+    sparse = sparsify.weights(model, sparsify.magnitude, sparsify.share(0.2))
+    moved = distort(sparse, np.random.default_rng(0), scale=0.1)
+    assert sparsify.density(moved) == sparsify.density(sparse)
+    shared = distort(cluster.kmeans(sparse, 4), np.random.default_rng(0), scale=0.1)
+    for p, q in zip(shared.parameters(), moved.parameters(), strict=True):
+        if p.ndim > 1:
+            assert len(np.unique(p.data)) <= 4
+            np.testing.assert_array_equal(p.data == 0, q.data == 0)

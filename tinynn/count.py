@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy.typing as npt
 
 from tinynn.graph import Graph, Node, Value, trace
-from tinynn.nn.module import Module
+from tinynn.nn.module import Module, is_weight
 from tinynn.op import Shape
 from tinynn.tensor import Tensor
 
@@ -26,7 +26,7 @@ class LayerCount:
     kind: str  #: the module's class
     ops: list[str] = field(default_factory=list)
     output: Shape = ()
-    weights: int = 0  #: numbers in parameters of two axes and more that no layer before has used
+    weights: int = 0  #: numbers in weights (see `is_weight`) that no layer before has used
     parameters: int = 0  #: numbers in all parameters, likewise
     buffers: int = 0  #: numbers in buffers (running statistics), likewise
     weight_bytes: int = 0  #: of parameters and buffers
@@ -44,7 +44,7 @@ class Count:
     """The costs of a model on a batch of the example's size; `print` shows them as a table."""
 
     layers: tuple[LayerCount, ...]
-    weights: int  #: numbers in parameters of two axes and more: no biases, no batch-norm affine
+    weights: int  #: numbers in weights: no biases, no batch-norm affine, no learned scales
     trainable: int  #: numbers in parameters that are trained
     parameters: int  #: numbers in all parameters
     buffers: int  #: numbers in buffers: the running statistics of batch normalisation
@@ -85,12 +85,12 @@ class Count:
 def count(model: Module, example: npt.ArrayLike | Tensor) -> Count:
     """The costs of `model` in eval mode on a batch like `example`, layer by layer and in total."""
     graph = trace(model, example)
-    layers = _layers(graph)
+    layers = _layers(graph, {name for name, p in model.named_parameters() if is_weight(p)})
     parameters = model.parameters()
     buffers = list({id(b): b for _, b in model.named_buffers()}.values())
     return Count(
         tuple(layers),
-        weights=sum(p.size for p in parameters if p.ndim > 1),
+        weights=sum(p.size for p in parameters if is_weight(p)),
         trainable=sum(p.size for p in parameters if p.requires_grad),
         parameters=sum(p.size for p in parameters),
         buffers=sum(b.size for b in buffers),
@@ -124,7 +124,7 @@ def peak(graph: Graph) -> int:
     return most
 
 
-def _layers(graph: Graph) -> list[LayerCount]:
+def _layers(graph: Graph, weights: set[str]) -> list[LayerCount]:
     memory = _storage(graph)
     seen: set[int] = set()
     layers: list[LayerCount] = []
@@ -141,7 +141,7 @@ def _layers(graph: Graph) -> list[LayerCount]:
             layer.weight_bytes += v.nbytes
             if v.kind == "parameter":
                 layer.parameters += v.size
-                layer.weights += v.size if len(v.shape) > 1 else 0
+                layer.weights += v.size if v.name in weights else 0
             else:
                 layer.buffers += v.size
     return layers

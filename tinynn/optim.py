@@ -3,7 +3,8 @@
 With w a parameter, g its gradient, every optimiser sees g + l1 sign(w) + l2 w, the gradient of
 loss + l1 |w|_1 + l2/2 |w|_2^2, and `weight_decay` subtracts lr weight_decay w from w apart from
 that (Loshchilov & Hutter, Decoupled Weight Decay Regularization, ICLR 2019, algorithms 1 and 2).
-Unless `penalise_biases`, all three leave parameters with fewer than 2 axes alone.
+Unless `penalise_biases`, all three leave parameters with fewer than 2 axes alone, and learned
+scales of quantisers always: to pull those towards 0 is to pull the grid from under its numbers.
 
 Parameters that have no gradient are left as they are, and so is their state: neither penalties
 nor decay nor momentum move them.
@@ -19,7 +20,7 @@ import numpy as np
 
 from kernels import optimizer as kernels
 from tinynn.errors import ConfigError, DTypeError, NonFiniteError, ShapeError
-from tinynn.nn.module import Parameter
+from tinynn.nn.module import Parameter, is_scale, is_weight
 from tinynn.op import Array
 from tinynn.tensor import Tensor
 
@@ -54,7 +55,10 @@ class Optimizer:
             "decay": self._at_least_zero("weight_decay", weight_decay),
         }
         exempt = dict.fromkeys(terms, 0.0)
-        self._terms = [terms if p.ndim >= 2 or penalise_biases else exempt for p in self.params]
+        self._terms = [
+            terms if is_weight(p) or (penalise_biases and not is_scale(p)) else exempt
+            for p in self.params
+        ]
         self._state = [self._fresh(p) for p in self.params]
 
     @property
@@ -67,7 +71,7 @@ class Optimizer:
         self._lr = self._at_least_zero("lr", value)
 
     def step(self) -> None:
-        """Move every parameter that has a gradient; masks and codes of Parameters hold."""
+        """Move every parameter that has a gradient; Parameters' masks, codes and least hold."""
         for p, state, terms in zip(self.params, self._state, self._terms, strict=True):
             if p._grad is not None and isinstance(p, Parameter):
                 self._update(p.mutate(), p.pooled(p._grad), state, terms)

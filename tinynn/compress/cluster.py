@@ -7,7 +7,7 @@
 
 The weights that share a value bear one number in `Parameter.codes`, which every optimiser respects.
 Masked weights stay zero and share nothing; their zero is an entry of the code book of its own.
-Weights are the parameters with two axes or more.
+Weights are the parameters with two axes or more but for learned scales.
 """
 
 from __future__ import annotations

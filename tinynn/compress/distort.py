@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 
 from tinynn.errors import ConfigError
-from tinynn.nn.module import Module
+from tinynn.nn.module import Module, is_scale
 from tinynn.op import Array
 
 Amplitude = Callable[[Array], float]
@@ -48,7 +48,8 @@ def distort(
     """A new model with w + scale * U[low, high) * amplitude(w) for every parameter w.
 
     `formula` names the amplitude: see FORMULAS. `only` names the parameters to distort, by dotted
-    path; the others stay. The defaults are the published distortion, whose random numbers are
+    path; the others stay, and without it learned scales. Masked weights stay zero, those that share
+    a value move together. The defaults are the published distortion, whose random numbers are
     never negative, so that it pushes all parameters up.
     Raises ConfigError for an unknown formula or parameter, or a scale or range that is no number.
     """
@@ -60,11 +61,12 @@ def distort(
         )
     out = model.copy()
     parameters = dict(out.named_parameters())
-    chosen = parameters.keys() if only is None else only
+    chosen = {n for n, p in parameters.items() if not is_scale(p)} if only is None else only
     if unknown := sorted(set(chosen) - parameters.keys()):
         raise ConfigError(f"distort: no parameters {unknown}; there are {sorted(parameters)}")
     for p in (parameters[name] for name in parameters if name in chosen):
         amplitude = scale * FORMULAS[formula](p.data)
         noise = rng.uniform(low, high, p.shape) * amplitude
         p.mutate()[...] += noise.astype(p.dtype)
+        p.hold()
     return out

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tinynn.errors import ConfigError, DataError
-from tinynn.nn.module import Module, mode
+from tinynn.nn.module import Module, is_weight, mode
 from tinynn.op import Array
 from tinynn.tensor import Tensor
 from tinynn.train import Loss, target
@@ -61,7 +61,7 @@ def gates(model: Module, data: Iterable[Any], loss: Loss) -> Gates:
     them, which is the sum of x dL/dx over the channel (Molchanov et al. 2017, "Pruning
     convolutional neural networks for resource efficient inference", eq. 8).
     """
-    weights = {n: p.data.astype(np.float64) for n, p in model.named_parameters() if p.ndim >= 2}
+    weights = {n: p.data.astype(np.float64) for n, p in model.named_parameters() if is_weight(p)}
     rows: dict[str, list[Array]] = {name: [] for name in weights}
     for x, y in data:
         found = _gradient(model, [(x, y)], loss)

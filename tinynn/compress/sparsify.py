@@ -5,9 +5,9 @@ and files that know what to do with them.
     tn.fit(slim, ...)                        # the zeros stay zero
     slim = sparsify.weights(slim, sparsify.magnitude, sparsify.share(0.05))     # and again
 
-Weights are the parameters with two axes or more (biases and batch norm's vectors are few, and each
-matters). A weight that is masked already stays so. `schedule`s say how sparse each round is;
-`Gradual` prunes during a training.
+Weights are the parameters with two axes or more but for learned scales (biases, scales and batch
+norm's vectors are few, and each matters). A weight that is masked already stays so. `schedule`s say
+how sparse each round is; `Gradual` prunes during a training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from tinynn.compress.saliency import Gradients
 from tinynn.errors import ConfigError, PruneError
-from tinynn.nn.module import Module, Parameter
+from tinynn.nn.module import Module, Parameter, is_weight
 from tinynn.op import Array
 
 #: (dotted path, weights) -> scores of the same shape; the larger, the more important
@@ -181,7 +181,7 @@ def weights(
 ) -> Module:
     """A new model in which the weights that `keep` drops are zero and masked.
 
-    `only` names the weights, by dotted path; without it all parameters with two axes or more.
+    `only` names the weights, by dotted path; without it all weights.
     Raises PruneError for unknown names, scores that are NaN or a layer that would lose all weights.
     """
     out = model.copy()
@@ -224,8 +224,8 @@ def density(model: Module) -> float:
 
 
 def weights_of(model: Module, only: Collection[str] | None) -> dict[str, Parameter]:
-    """The parameters with two axes or more, or those that `only` names, by dotted path."""
-    found = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
+    """All weights (see `is_weight`), or those that `only` names, by dotted path."""
+    found = {name: p for name, p in model.named_parameters() if is_weight(p)}
     if only is not None and (unknown := sorted(set(only) - found.keys())):
         raise PruneError(f"sparsify: no weights {unknown}; there are {sorted(found)}")
     chosen = {name: p for name, p in found.items() if only is None or name in only}

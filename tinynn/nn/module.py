@@ -42,17 +42,18 @@ def running_module() -> Module | None:
 class Parameter(Tensor):
     """A leaf that is trained.
 
-    Where its `mask` is false it is zero, where its `codes` are equal its values are; optimisers
-    keep both so.
+    Where its `mask` is false it is zero, where its `codes` are equal its values are, and none is
+    below `least`; optimisers keep all three so. What has a `least` is a scale, see `is_weight`.
     """
 
-    __slots__ = ("_codes", "_first", "_mask")
+    __slots__ = ("_codes", "_first", "_mask", "least")
 
     def __init__(self, values: npt.ArrayLike, *, copy: bool = True) -> None:
         super().__init__(values, requires_grad=True, copy=copy)
         self._mask: Array | None = None
         self._codes: Array | None = None
         self._first = np.zeros(0, np.intp)  #: where each code's value stands in the flat array
+        self.least: float | None = None
 
     @property
     def mask(self) -> Array | None:
@@ -81,11 +82,14 @@ class Parameter(Tensor):
         self._constrain()
 
     def hold(self) -> None:
-        """Make equal what shares a code, and zero (a product would leave NaN) what is masked."""
+        """Make equal what shares a code, zero (a product would leave NaN) what is masked, and
+        `least` what is below that."""
         if self._codes is not None:
             self.mutate()[...] = self._data.ravel()[self._first][self._codes]
         if self._mask is not None:
             np.copyto(self.mutate(), 0, where=~self._mask)
+        if self.least is not None:
+            np.maximum(self._data, self.least, out=self.mutate())
 
     def pooled(self, grad: Array) -> Array:
         """What moves each weight: `grad`, or its sum over all weights of the same code."""
@@ -119,15 +123,33 @@ class Parameter(Tensor):
         self.hold()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
-        out = self.like(self._data)
+        return self.astype(self.dtype)
+
+    def astype(self, dtype: npt.DTypeLike) -> Parameter:
+        """A copy in a floating dtype, held by the same mask and codes."""
+        out = self.like(self._data.astype(dtype, copy=False))
         out._mask, out._codes, out._first = self._mask, self._codes, self._first
         return out
 
     def like(self, values: npt.ArrayLike) -> Parameter:
-        """A parameter with other values that is trained or frozen as this one is."""
+        """A parameter with other values, trained or frozen and a scale or none as this one is."""
         out = Parameter(values)
-        out.requires_grad = self.requires_grad
+        out.requires_grad, out.least = self.requires_grad, self.least
         return out
+
+
+def is_weight(p: Tensor) -> bool:
+    """Whether these are a layer's weights: two axes or more, and no scale.
+
+    What prunes, shares, penalises or counts weights asks here: biases and batch norm's vectors are
+    none, nor are learned scales of quantisers, whatever their shape.
+    """
+    return p.ndim >= 2 and not is_scale(p)
+
+
+def is_scale(p: Tensor) -> bool:
+    """Whether it is a factor that has to stay positive: see `Parameter.least`."""
+    return isinstance(p, Parameter) and p.least is not None
 
 
 class Module:
@@ -273,10 +295,11 @@ class Module:
     def astype(self: Self, dtype: npt.DTypeLike) -> Self:
         """A copy in another floating dtype, for instance float64 for gradient checks."""
         out = self.copy()
+        new = {id(p): p.astype(dtype) for p in out.parameters()}
         for _, module in out.named_modules():
             for name, value in list(vars(module).items()):
                 if isinstance(value, Parameter):
-                    setattr(module, name, value.like(value._data.astype(dtype)))
+                    setattr(module, name, new[id(value)])
                 elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
                     setattr(module, name, value.astype(dtype))
         return out

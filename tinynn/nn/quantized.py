@@ -39,6 +39,8 @@ Ranges = Literal["fixed", "running", "learned"]
 
 #: the least scale that is not taken for 0
 SMALLEST = float(np.finfo(np.float32).tiny)
+#: the least learned scale: numbers divided by it, and products of two, stay within float32
+_LEAST = 2.0**-60
 
 
 class Quantizer(Module):
@@ -70,6 +72,8 @@ class Quantizer(Module):
                 f"ranges fixed, running or learned; came {scale!r}, {self.low!r}, {self.high!r}, "
                 f"{self.ranges!r}"
             )
+        if isinstance(self.scale, Parameter):  # files do not say that it is a scale
+            self.scale.least = _LEAST
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.ranges == "running":
