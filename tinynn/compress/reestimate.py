@@ -18,8 +18,8 @@ def reestimate(model: Module, data: Iterable[Any]) -> Module:
 
     `data` are batches: arrays, or tuples whose first is the input. They must look like what the
     model was trained on, augmentation included: padded, flipped crops have other statistics than
-    whole images, and those of the latter can cost more than the pass did, even where nothing else
-    was changed. Each batch norm normalises by the batch itself, as in training, and its running mean and variance become the averages of the
+    whole images, whose statistics can cost more than the pass did. Each batch norm normalises by
+    the batch itself, as in training, and its running mean and variance become the averages of the
     batches' means and unbiased variances, weighted by their rows; all other modules are in eval
     mode. Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.1, "PreciseBN".
 
