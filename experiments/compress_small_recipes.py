@@ -36,7 +36,7 @@ SWEPT: dict[str, tuple[Any, ...]] = {
     "decimals": (None, 3, 2),
 }
 
-FOLD, ANEW = {"do": "fold"}, {"do": "statistics anew"}
+FOLD, ANEW = {"do": "fold"}, {"do": "statistics anew", "images": 4000}
 FLOAT16 = {"do": "float16"}
 
 
@@ -142,7 +142,7 @@ def _channels() -> dict[str, Recipe]:
     return {
         **fifth,
         "channels 20 %, l1, union": [do("channels", importance="l1", kept=0.8, union=True), ANEW],
-        "alike channels merged": [do("merge", similarity=0.9), ANEW],
+        "alike channels merged": [do("merge", similarity=0.7), ANEW],
         "channels 30 %, l2, tuned": SLIM,
         "branches thinned by 50 %, tuned": [do("thin", kept=0.5), tune()],
         "one block dropped, tuned": [do("drop blocks", number=1), tune()],

@@ -43,7 +43,7 @@ from tinynn.nn.module import Module
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEN = 250  #: images of a batch that passes look at
-WATCHED = 4  #: such batches, for statistics and calibration
+WATCHED = 4  #: such batches, for calibration and importance
 
 Step = Callable[["Workshop", Module, Record], Module]
 STEPS: dict[str, Step] = {}
@@ -71,6 +71,11 @@ class Workshop:
     def batches(self, size: int, images: int) -> list[Any]:
         """The first training images as (x, y) batches, without chance."""
         return list(self.sets.train.take(images).batches(size, augment=self.view))
+
+    def trained(self, size: int, images: int) -> Iterator[Any]:
+        """As many images as (x, y) batches as training shows them: at random, augmented."""
+        some = self.sets.train.take(images)
+        return iter(some.batches(size, self.rng, classify.augmentation(self.config)))
 
     @property
     def loss(self) -> Any:
@@ -297,7 +302,8 @@ def _trainable(shop: Workshop, model: Module, step: Record) -> Module:
 
 @step("statistics anew")
 def _reestimate(shop: Workshop, model: Module, step: Record) -> Module:
-    return reestimate(model, shop.batches(SEEN, SEEN * WATCHED))
+    # the first layers' statistics are those of padded, flipped crops, and so must the new ones be
+    return reestimate(model, shop.trained(SEEN, step["images"]))
 
 
 @step("fold")

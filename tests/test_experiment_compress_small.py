@@ -114,6 +114,24 @@ def test_what_training_left_is_taken_up_with_its_masks_and_shared_values(tmp_pat
             assert len(np.unique(p.data)) <= 4
 
 
+def test_statistics_anew_are_those_of_images_as_training_shows_them(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(100, 255, (400, 8, 8, 3)).astype(np.uint8)
+    data = Dataset("noise", images, np.arange(400) % 2, ("a", "b"))
+    config = {**CONFIG, "pad": 3, "standardize": False}
+    design = {"do": "design", "stem": 4, "widths": [8]}
+
+    def make(*steps: dict[str, Any]) -> nn.Module:
+        return carry_out([design, *steps], Sets(data, data), config, Context(tmp_path / "run"))
+
+    def means(model: nn.Module) -> np.ndarray:
+        return np.concatenate([v for k, v in model.state_dict().items() if k.endswith(".mean")])
+
+    model, found = make(), means(make({"do": "statistics anew", "images": 400}))
+    seen = data.batches(100, np.random.default_rng(1), Augment(pad=3))
+    trained, whole = (means(tn.compress.reestimate(model, d)) for d in (seen, data.batches(100)))
+    assert np.abs(found - trained).max() < 0.2 * np.abs(whole - trained).max()
+
+
 # --- costs ----------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,9 @@ from tinynn.tensor import Tensor, no_grad
 def reestimate(model: Module, data: Iterable[Any]) -> Module:
     """A new model whose batch norms have the statistics of `data`; everything else stays.
 
-    `data` are batches: arrays, or tuples whose first is the input. Each batch norm normalises by
+    `data` are batches: arrays, or tuples whose first is the input. They must look like what the
+    model was trained on, augmentation included: padded, flipped crops have other statistics than
+    whole images, whose statistics can cost more than the pass did. Each batch norm normalises by
     the batch itself, as in training, and its running mean and variance become the averages of the
     batches' means and unbiased variances, weighted by their rows; all other modules are in eval
     mode. Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.1, "PreciseBN".
