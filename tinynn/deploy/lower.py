@@ -30,7 +30,7 @@ from tinynn.deploy.steps import (
     Scatter,
     Step,
 )
-from tinynn.errors import CompileError, DTypeError
+from tinynn.errors import CompileError, DTypeError, ShapeError
 from tinynn.graph import Graph, Node
 from tinynn.op import Array, Shape
 
@@ -79,18 +79,24 @@ class _Lowering(IntegerLowering):
                 continue
             if node.output.shape[:1] != (self.batch,):
                 raise refused(node, f"a result whose first axis is the batch of {self.batch}")
-            if self.integer(node):
-                continue
-            lower = _LOWER.get(node.op.name)
-            if lower is None:
-                raise refused(node, f"one of the ops {', '.join(sorted(_LOWER))}")
-            self.number[node.output.index] = lower(self, node)
+            try:
+                self._lowered(node)
+            except ShapeError as error:
+                raise refused(node, f"operands that a step takes ({error})") from error
         out = self.graph.output
         if out.index not in self.number:
             raise CompileError("compile: the model's result does not depend on its input")
         self.sketch.output = self.in_floats(out, None)
         self._drop_unread()
         return self.sketch
+
+    def _lowered(self, node: Node) -> None:
+        if self.integer(node):
+            return
+        lower = _LOWER.get(node.op.name)
+        if lower is None:
+            raise refused(node, f"one of the ops {', '.join(sorted(_LOWER))}")
+        self.number[node.output.index] = lower(self, node)
 
     def _drop_unread(self) -> None:
         """Leave out what was rounded for layers that round by themselves."""
@@ -203,8 +209,10 @@ class _Lowering(IntegerLowering):
         return self.scaled(node, np.full(channels, -1.0), np.zeros(channels))
 
     def activation(self, node: Node) -> int:
-        if len(node.output.shape) < 2 and node.op.name == "softmax":
-            raise refused(node, "an axis besides the batch")
+        op: Any = node.op
+        last = len(node.output.shape) - 1
+        if op.name == "softmax" and (last < 1 or op.axis % (last + 1) != last):
+            raise refused(node, f"the last axis, and not the batch; came axis {op.axis}")
         return self.append(node, Activation(node.op.name), self.data(node, 0))
 
     def pool(self, node: Node) -> int:
