@@ -99,6 +99,27 @@ def test_channels_without_influence_go_first_by_taylor_and_fisher() -> None:
         saliency.gates(model, [], tn.mse)
 
 
+def test_gates_of_ef_layers_count_what_the_input_and_what_the_weights_say() -> None:
+    rng = np.random.default_rng(2)
+    conv, dense = nn.AdditiveConv2d(4, 5, 3, rng=rng), nn.AdditiveLinear(5, 3, rng=rng)
+    first = nn.Conv2d(2, 4, 3, rng=rng)
+    model = nn.Sequential(first, nn.ReLU(), conv, nn.ReLU(), nn.GlobalAvgPool2d(), dense)
+    x, y = images(), np.array([0, 1, 2, 0, 1, 2])
+    rows = saliency.gates(model, [(x, y)], tn.softmax_cross_entropy).rows
+    assert sorted(rows) == ["0.weight", "2.weight", "5.weight"]
+
+    def loss(factor: Array) -> float:
+        # a factor on sign(x w) (|x| + |w|) is one on what one channel alone gives
+        h = first(Tensor(x), relu=True).data
+        each = [conv(Tensor(h * (np.arange(4) == c))).data - conv.bias.data for c in range(4)]
+        out = nn.ReLU()(Tensor(np.tensordot(factor, each, 1).astype(np.float32) + conv.bias.data))
+        return tn.softmax_cross_entropy(dense(nn.GlobalAvgPool2d()(out)), y).item()
+
+    step = 1e-2 * np.eye(4)
+    slopes = [(loss(1 + e) - loss(1 - e)) / 2e-2 for e in step]
+    np.testing.assert_allclose(rows["2.weight"][0], slopes, rtol=0.02, atol=2e-4)
+
+
 def test_the_scale_of_batch_norm() -> None:
     model = net()
     seen = observe(model, [images()])
@@ -186,6 +207,21 @@ def test_without_additions_the_union_changes_nothing() -> None:
 
 
 # --- duplicates -----------------------------------------------------------------------------------
+
+
+def test_duplicates_that_an_ef_layer_reads_stay() -> None:
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, rng=rng), nn.ReLU(), nn.AdditiveConv2d(4, 5, 3, rng=rng), nn.ReLU(),
+        nn.GlobalAvgPool2d(), nn.Linear(5, 4, rng=rng), nn.ReLU(), nn.AdditiveLinear(4, 2, rng=rng),
+    )  # fmt: skip
+    for path in ("0", "5"):
+        layer: Any = dict(model.named_modules())[path]
+        layer.weight.mutate()[..., 3] = 2 * layer.weight.data[..., 0]
+    x = images(8)
+    same = merge.duplicates(model, [x], similarity=0.999)
+    assert [p.shape for p in same.parameters()] == [p.shape for p in model.parameters()]
+    np.testing.assert_array_equal(same.eval()(Tensor(x)).data, model.eval()(Tensor(x)).data)
 
 
 @settings(deadline=None, max_examples=30)

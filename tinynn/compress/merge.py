@@ -139,6 +139,9 @@ def _hidden_layers(seen: Observer) -> list[_Hidden]:
 
 # --- duplicates -----------------------------------------------------------------------------------
 
+#: ops whose result is not linear in what they read
+_NOT_LINEAR = ("additive", "additive_conv2d")
+
 
 @dataclass(frozen=True)
 class Duplicate:
@@ -164,6 +167,7 @@ def duplicates(
     weights w_j is added, times the least-squares factor <x_i, x_j> / <x_i, x_i>, to w_i. The
     strongest channels stay; channels that are zero on all of `data` go. `data` are batches:
     arrays, or tuples whose first is the input. Weights under a mask may come to life by this.
+    Channels that a layer of the ef-operator reads stay, as it is not linear.
 
     Srinivas & Babu 2015, "Data-free parameter pruning", section 3.1, judged by the activations
     instead of the weights. Raises ConfigError for a similarity that is not in (0, 1] or quantised
@@ -197,11 +201,11 @@ class _Products(Observer):
 
     def __init__(self, model: Module, example: Array) -> None:
         super().__init__(model, example)
-        #: groups that can be pruned, and for each value that is read of it (channels, channels)
+        #: groups that can be merged, and for each value that is read of it (channels, channels)
         self.products: list[tuple[Group, dict[int, Array]]] = [
             (g, {r.value.index: np.zeros((g.size, g.size)) for r in g.readers})
             for g in self.graph.groups()
-            if not g.fixed
+            if not g.fixed and not any(r.node.op.name in _NOT_LINEAR for r in g.readers)
         ]
 
     def _add(self, value: Value, activation: Array, what: str) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from tinynn.compress.exchange import swap
 from tinynn.errors import ConfigError, DataError
-from tinynn.nn.module import Module, is_weight, mode
+from tinynn.nn.additive import AdditiveConv2d, AdditiveLinear
+from tinynn.nn.module import Module, Parameter, is_weight, mode
 from tinynn.op import Array
 from tinynn.tensor import Tensor
 from tinynn.train import Loss, target
@@ -59,18 +61,47 @@ def gates(model: Module, data: Iterable[Any], loss: Loss) -> Gates:
 
     A factor on channel c scales the weights that read it: its gradient is the sum of w dL/dw over
     them, which is the sum of x dL/dx over the channel (Molchanov et al. 2017, "Pruning
-    convolutional neural networks for resource efficient inference", eq. 8).
+    convolutional neural networks for resource efficient inference", eq. 8). In a layer of the
+    ef-operator it scales sign(x w) (|x| + |w|): there it is the sum of both sums.
     """
     weights = {n: p.data.astype(np.float64) for n, p in model.named_parameters() if is_weight(p)}
     rows: dict[str, list[Array]] = {name: [] for name in weights}
+    gated, gates = _gated(model)
+    names = dict(zip(weights, (n for n, p in gated.named_parameters() if is_weight(p)), strict=True))
     for x, y in data:
-        found = _gradient(model, [(x, y)], loss)
+        found = _gradient(gated, [(x, y)], loss)
         for name, w in weights.items():
             others = tuple(axis for axis in range(w.ndim) if axis != w.ndim - 2)
-            rows[name].append((w * found[name]).sum(axis=others))
+            row = (w * found[names[name]]).sum(axis=others)
+            rows[name].append(row + found[gates[name]] if name in gates else row)
     if not any(rows.values()):
         raise DataError("saliency.gates: required a model with weights and at least one batch")
     return Gates({name: np.stack(found) for name, found in rows.items()})
+
+
+class _Gated(Module):
+    """A layer with a factor of 1 on each channel of its input."""
+
+    rectifies = True
+
+    def __init__(self, layer: Module, channels: int, dtype: Any) -> None:
+        self.layer, self.gate = layer, Parameter(np.ones(channels, dtype))
+
+    def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        return self.layer(x * self.gate, relu=relu)
+
+
+def _gated(model: Module) -> tuple[Module, dict[str, str]]:
+    """The model with gates before its layers of the ef-operator; their paths, by the weights'."""
+    gated = model.copy()
+    layers: dict[str, Any] = {
+        path: m
+        for path, m in gated.named_modules()
+        if path and isinstance(m, AdditiveLinear | AdditiveConv2d)
+    }
+    for m in layers.values():
+        swap(gated, m, _Gated(m, m.weight.shape[-2], m.weight.dtype))
+    return gated, {f"{path}.weight": f"{path}.gate" for path in layers}
 
 
 def hessian_diagonal(
