@@ -67,7 +67,8 @@ def gates(model: Module, data: Iterable[Any], loss: Loss) -> Gates:
     weights = {n: p.data.astype(np.float64) for n, p in model.named_parameters() if is_weight(p)}
     rows: dict[str, list[Array]] = {name: [] for name in weights}
     gated, gates = _gated(model)
-    names = dict(zip(weights, (n for n, p in gated.named_parameters() if is_weight(p)), strict=True))
+    inside = [name for name, p in gated.named_parameters() if is_weight(p)]
+    names = dict(zip(weights, inside, strict=True))
     for x, y in data:
         found = _gradient(gated, [(x, y)], loss)
         for name, w in weights.items():
