@@ -102,7 +102,8 @@ def fit(
 
     With `checkpoint`, the state is saved after every epoch, at least every `checkpoint_seconds`,
     and on Ctrl-C, which then ends the training after the step under way; `resume=True` continues
-    from that file, if it exists, and gives the same bits as a training that was never interrupted.
+    from that file, if it exists, and gives the same bits as a training that was never interrupted;
+    masks and codes of parameters come from it, too, whatever the model given has.
 
     Raises NonFiniteError with the step and the first op that made it when the loss is NaN or
     infinite, or when an update made a parameter so; nothing of that goes into the checkpoint.
