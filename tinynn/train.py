@@ -123,10 +123,11 @@ def fit(
     last_step = math.inf if steps is None else steps
     schedule = schedule or Constant()
     base_lr = optimizer.lr
-    at, history = Progress(), History()
+    at, history, resumed = Progress(), History(), False
     if resume and exists(checkpoint):
         assert checkpoint is not None
         at, history.records = load_checkpoint(checkpoint, model, optimizer, schedule, data)
+        resumed = True
     if log is not None:
         write_bytes(log, "".join(json.dumps(r) + "\n" for r in history.records).encode())
 
@@ -157,6 +158,9 @@ def fit(
                         break
                 if interrupted():
                     break
+                if resumed and not at.batches:  # `steps` had ended where an epoch does
+                    resumed = False
+                    continue
                 record = _close_epoch(at, optimizer.lr, time.monotonic() - began)
                 if validation is not None:
                     record["validation"] = evaluate(model, validation, loss)
