@@ -115,6 +115,24 @@ def test_steps_may_end_within_an_epoch_and_resume_there(tmp_path: Path) -> None:
     assert same(weights(later), weights(whole))
 
 
+@pytest.mark.parametrize("end", [6, 12])
+def test_steps_may_end_with_an_epoch_and_resume_with_the_next(end: int, tmp_path: Path) -> None:
+    whole, cut, later = Setting(), Setting(), Setting(1)
+    expected = whole.fit(steps=15)
+    cut.fit(steps=end, checkpoint=tmp_path / "state")
+    later.data = Batches(whole.data.x, whole.data.y, size=16, rng=np.random.default_rng(7))
+    history = later.fit(steps=15, checkpoint=tmp_path / "state", resume=True)
+    assert [r["step"] for r in history.records] == [6, 12, 15]
+    assert history.losses == expected.losses
+    assert same(weights(later), weights(whole))
+
+
+def test_data_that_have_no_batches_after_a_resumption_are_refused(tmp_path: Path) -> None:
+    Setting().fit(steps=6, checkpoint=tmp_path / "state", data=list(Setting().data))
+    with pytest.raises(DataError, match="at least one batch"):
+        Setting().fit(steps=9, checkpoint=tmp_path / "state", data=[], resume=True)
+
+
 def test_log_has_one_line_an_epoch(tmp_path: Path) -> None:
     s = Setting()
     history = s.fit(epochs=3, log=tmp_path / "deep" / "log.jsonl", validation=s.data.take(2))

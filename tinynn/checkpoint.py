@@ -1,7 +1,8 @@
 """Checkpoints: everything a training needs to continue bit for bit, in one file.
 
-The file holds the parameters and buffers, the optimiser's arrays, and as text the position in the
-data, the schedule, every random generator of the model, and the history so far.
+The file holds the parameters and buffers, masks and codes of parameters (files of models have
+neither), the optimiser's arrays, and as text the position in the data, the schedule, every random
+generator of the model, and the history so far.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def save_checkpoint(
 ) -> None:
     """Write the state of a training to `path`, atomically."""
     tensors = {f"model/{name}": a for name, a in model.state_dict().items()}
+    held = _held(model)
+    tensors |= {f"{kind}/{name}": a for kind, of in held.items() for name, a in of.items()}
     numbers = {}
     for name, value in optimizer.state_dict().items():
         if isinstance(value, np.ndarray):
@@ -59,6 +62,7 @@ def save_checkpoint(
         "schedule": schedule.state_dict(),
         "data": data.state_dict() if hasattr(data, "state_dict") else None,
         "generators": [generator_state(g) for g in _generators(model)],
+        "held": {kind: sorted(of) for kind, of in held.items()},
     }
     header = {
         "tinynn-checkpoint": _FORMAT,
@@ -77,8 +81,9 @@ def load_checkpoint(
 ) -> tuple[Progress, list[dict[str, Any]]]:
     """Bring everything given to the state that `save_checkpoint` wrote, and return the rest.
 
-    Raises FileFormatError if the file is damaged, ConfigError if it belongs to another model,
-    optimiser or data set; the model is then as it was.
+    A file from before masks and codes were kept leaves those that the model has. Raises
+    FileFormatError if the file is damaged, ConfigError if it belongs to another model, optimiser or
+    data set; the model is then as it was.
     """
     tensors, metadata = read_tensors(path)
     if metadata.get("tinynn-checkpoint") != _FORMAT:
@@ -94,9 +99,14 @@ def load_checkpoint(
         optimizer.state_dict(),
         schedule.state_dict(),
         [generator_state(g) for g in generators],
+        _held(model),
     )
     try:
-        model.load_state_dict(_part(tensors, "model/"))
+        held = before[4]
+        if "held" in state:
+            names = {kind: state["held"][kind] for kind in held}
+            held = {kind: {n: tensors[f"{kind}/{n}"] for n in names[kind]} for kind in names}
+        _restore(model, _part(tensors, "model/"), held)
         optimizer.load_state_dict({**state["optimizer"], **_part(tensors, "optimizer/")})
         schedule.load_state_dict(state["schedule"])
         for generator, bits in zip(generators, state["generators"], strict=True):
@@ -105,7 +115,7 @@ def load_checkpoint(
         if state["data"] is not None:
             data.load_state_dict(state["data"])  # changes nothing unless all of it fits
     except (TinynnError, LookupError, TypeError, AttributeError, ValueError) as error:
-        model.load_state_dict(before[0])
+        _restore(model, before[0], before[4])
         optimizer.load_state_dict(before[1])
         schedule.load_state_dict(before[2])
         for generator, bits in zip(generators, before[3], strict=True):
@@ -114,6 +124,31 @@ def load_checkpoint(
             raise
         raise FileFormatError(f"{path}: its training state cannot be read: {error!r}") from error
     return progress, records
+
+
+def _held(model: Module) -> dict[str, dict[str, Array]]:
+    """What holds parameters: "masks" and "codes", by dotted path."""
+    masks, codes = {}, {}
+    for name, p in model.named_parameters():
+        if p.mask is not None:
+            masks[name] = p.mask
+        if p.codes is not None:
+            codes[name] = p.codes.astype(np.min_scalar_type(p.codes.max(initial=0)))
+    return {"masks": masks, "codes": codes}
+
+
+def _restore(model: Module, values: dict[str, Array], held: dict[str, dict[str, Array]]) -> None:
+    """Values, and masks and codes instead of the model's own, which would bend the values."""
+    parameters = dict(model.named_parameters())
+    if unknown := sorted({n for of in held.values() for n in of} - parameters.keys()):
+        raise ConfigError(f"a checkpoint's masks and codes: unknown parameters {unknown}")
+    for p in parameters.values():
+        p.mask = p.codes = None
+    model.load_state_dict(values)
+    for name, mask in held["masks"].items():
+        parameters[name].mask = mask
+    for name, codes in held["codes"].items():
+        parameters[name].codes = codes
 
 
 def exists(path: PathLike | None) -> bool:

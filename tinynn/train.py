@@ -102,7 +102,8 @@ def fit(
 
     With `checkpoint`, the state is saved after every epoch, at least every `checkpoint_seconds`,
     and on Ctrl-C, which then ends the training after the step under way; `resume=True` continues
-    from that file, if it exists, and gives the same bits as a training that was never interrupted.
+    from that file, if it exists, and gives the same bits as a training that was never interrupted;
+    masks and codes of parameters come from it, too, whatever the model given has.
 
     Raises NonFiniteError with the step and the first op that made it when the loss is NaN or
     infinite, or when an update made a parameter so; nothing of that goes into the checkpoint.
@@ -122,10 +123,11 @@ def fit(
     last_step = math.inf if steps is None else steps
     schedule = schedule or Constant()
     base_lr = optimizer.lr
-    at, history = Progress(), History()
+    at, history, resumed = Progress(), History(), False
     if resume and exists(checkpoint):
         assert checkpoint is not None
         at, history.records = load_checkpoint(checkpoint, model, optimizer, schedule, data)
+        resumed = True
     if log is not None:
         write_bytes(log, "".join(json.dumps(r) + "\n" for r in history.records).encode())
 
@@ -156,6 +158,9 @@ def fit(
                         break
                 if interrupted():
                     break
+                if resumed and not at.batches:  # `steps` had ended where an epoch does
+                    resumed = False
+                    continue
                 record = _close_epoch(at, optimizer.lr, time.monotonic() - began)
                 if validation is not None:
                     record["validation"] = evaluate(model, validation, loss)
