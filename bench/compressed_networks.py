@@ -80,7 +80,10 @@ def _choices(family: str) -> list[tuple[dict[str, Any], str]]:
 
 
 def contestants(case: Case) -> Sequence[str]:
-    """Runtimes of others run the dense model, factors of low rank, and the model in 8 bits."""
+    """Runtimes of others run the dense model, the factors of low rank, and the model in 8 bits.
+
+    They get what OURS runs; DENSE runs the network whole and in float32.
+    """
     if case.family == "plan_dense":
         torch = () if case["model"] in _LARGE else ("torch",)
         return OURS, *torch, "onnxruntime", "openvino"
@@ -160,7 +163,8 @@ def _silent(case: Case, call: layers.Call) -> layers.Call:
 def model(case: Case, *, dense: bool = False) -> Any:
     """The network as the technique leaves it, in eval mode, with the weights it was drawn with.
 
-    `dense` in float32, where the technique is to compute in 8 bits.
+    `dense` in float32, where the technique is to compute in 8 bits, and with whole layers, where it
+    is to compute with factors: their weights are the factors' products, so that answers agree.
     """
     import numpy as np
 
@@ -169,12 +173,17 @@ def model(case: Case, *, dense: bool = False) -> Any:
     net = _published(str(case["model"]))
     technique = case.family.removeprefix("plan_")
     if technique == "lowrank":
-        net = factorize.layers(net, np.zeros(case.shape("x"), np.float32), _half_rank)
+        factors = factorize.layers(net, np.zeros(case.shape("x"), np.float32), _half_rank)
+        if dense:
+            _multiplied(net, factors)
+        else:
+            net = factors
     elif technique == "int8":
         seen = layers.numbers(case.shape("x"))[0][:_SEEN]
         net = net if dense else quantize.int8(net, [seen])
     elif technique != "dense":
-        for weight in _weights(net):
+        for _, layer in _mixing(net):
+            weight = layer.weight
             weight.mutate()[...] = _changed(case, technique, weight.data)
     return net.eval()
 
@@ -192,11 +201,22 @@ def _half_rank(values: Any, size: int) -> int:
     return compressed.half_rank(len(values), size // len(values))
 
 
-def _weights(net: Any) -> list[Any]:
-    """Those that products and convolutions mix channels by: what techniques have kernels for."""
+def _multiplied(net: Any, factors: Any) -> None:
+    """Give each layer of `net` that is two in `factors` the product of their weights."""
     from tinynn import nn
 
-    return [m.weight for _, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    found = dict(factors.named_modules())
+    for path, whole in _mixing(net):
+        if isinstance(found[path], nn.Sequential):
+            first, second = (m.weight.data.reshape(-1, m.weight.shape[-1]) for m in found[path])
+            whole.weight.mutate()[...] = (first @ second).reshape(whole.weight.shape)
+
+
+def _mixing(net: Any) -> list[tuple[str, Any]]:
+    """The products and convolutions that mix channels: what techniques have kernels for."""
+    from tinynn import nn
+
+    return [(path, m) for path, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
 
 
 def _changed(case: Case, technique: str, w: Any) -> Any:

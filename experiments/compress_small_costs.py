@@ -4,14 +4,17 @@ Energy of one inference, of the operations and the bytes that it moves, by M. Ho
 energy problem (and what we can do about it)", ISSCC 2014, figure 1.1.9 (45 nm, 0.9 V): an addition
 and a product of float32 0.9 and 3.7 pJ, of int8 with an int32 sum 0.1 and 0.2 pJ; 64 bits from a
 cache of 1 MB 100 pJ, from DRAM at least 1300 pJ. Counted are: the multiply-adds that kernels carry
-out; the weights' file, read from DRAM once for each image; every activation written to a cache of
-1 MB and read from it once. It is an estimate of a chip of that time, to compare models with: no
-instruction, no address and nothing of this machine is in it.
+out, by the numbers that their kernels multiply; the weights' file, read from DRAM once for each
+image; the image and every layer's result, as many bytes as it has in the plan, written to a cache
+of 1 MB and read from it once (a model without a plan: the results of its ops). It is an estimate of
+a chip of that time, to compare models with: no instruction, no address and nothing of this machine
+is in it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from experiments.runner import Record
 from kernels.codebook import unpack_bits
 from tinynn.compress import integers
 from tinynn.deploy.file import describe
+from tinynn.deploy.steps import Reshape
 from tinynn.errors import CompileError
 from tinynn.nn.module import Module
 from tinynn.nn.quantized import ActivationQuantizer, DynamicQuantizer
@@ -31,8 +35,10 @@ from tinynn.tensor import Tensor
 
 Array = np.ndarray[Any, Any]
 
-MULTIPLY_ADD = {"float32": 3.7e-12 + 0.9e-12, "int8": 0.2e-12 + 0.1e-12}  #: J
-ADDITION = 0.9e-12  #: J, float32
+Products = dict[str, int]  #: multiply-adds by the kind of numbers: the keys of JOULES
+
+#: of a multiply-add; the ef-operator's are two additions, which `macs` counts one by one
+JOULES = {"float32": 3.7e-12 + 0.9e-12, "int8": 0.2e-12 + 0.1e-12, "additive": 0.9e-12}
 CACHE_BYTE = 100e-12 / 8  #: J
 DRAM_BYTE = 1300e-12 / 8  #: J
 
@@ -69,7 +75,8 @@ class Executable:
 def costs(runs: Executable, example: Array) -> Record:
     """Bytes, parameters, multiply-adds and energy of one inference on an image like the example."""
     counted = tn.count(runs.model, example)
-    executed = counted.macs if runs.plan is None else executed_multiply_adds(runs.plan)
+    products = _of_model(runs.model, counted) if runs.plan is None else _of_plan(runs.plan)
+    moved = counted.activation_bytes if runs.plan is None else result_bytes(runs.plan)
     nbytes = integers.nbytes(runs.model) if runs.plan is None else runs.plan.nbytes
     whole = [np.asarray(p.data) for p in runs.model.parameters()]
     return {
@@ -80,8 +87,8 @@ def costs(runs: Executable, example: Array) -> Record:
         "parameters": sum(a.size for a in whole),
         "non_zeros": sum(int(np.count_nonzero(a)) for a in whole),
         "multiply_adds": counted.macs,
-        "executed_multiply_adds": executed,
-        "energy_joules": energy(runs.model, counted, executed, nbytes),
+        "executed_multiply_adds": sum(products.values()),
+        "energy_joules": energy(products, nbytes, moved),
         "kernels": None if runs.plan is None else _kernels(runs.plan),
     }
 
@@ -93,15 +100,28 @@ def content(plan: tn.Plan) -> int:
 
 def executed_multiply_adds(plan: tn.Plan) -> int:
     """Those of one image, without the ones that sparse kernels leave out."""
-    total = 0
-    for layer in plan.network.layers:
-        shape = plan.network.shapes[layer.output]
-        macs = layer.step.macs(plan.network.inputs(layer), layer.arrays, shape)
-        if layer.kernel in _BLOCKS:
-            weight = layer.arrays["weight"]
+    return sum(_of_plan(plan).values())
+
+
+def _of_plan(plan: tn.Plan) -> Products:
+    """The same by the kind of numbers."""
+    total = dict.fromkeys(JOULES, 0)
+    for layer, macs in zip(plan.network.layers, plan.network.macs, strict=True):
+        weight = layer.arrays.get("weight")
+        if weight is not None and layer.kernel in _BLOCKS:
             macs = macs * _stored(weight, _BLOCKS[layer.kernel]) // weight.size
-        total += macs
+        whole = weight is not None and weight.dtype == np.int8
+        kind = "additive" if layer.step.kind.startswith("additive") else "float32"
+        total["int8" if whole else kind] += macs
     return total
+
+
+def _of_model(model: Module, counted: tn.Count) -> Products:
+    """What `_of_plan` gives, of a model that no plan can express, by what its modules are."""
+    quantizers = ActivationQuantizer | DynamicQuantizer
+    kind = "int8" if any(isinstance(m, quantizers) for _, m in model.named_modules()) else "float32"
+    additions = sum(a.macs for a in counted.layers if any("additive" in name for name in a.ops))
+    return {kind: counted.macs - additions, "additive": additions}
 
 
 def _stored(weight: Array, block: int) -> int:
@@ -120,21 +140,20 @@ def _kernels(plan: tn.Plan) -> dict[str, int]:
 # --- energy ---------------------------------------------------------------------------------------
 
 
-def energy(model: Module, counted: tn.Count, multiply_adds: int, nbytes: int) -> dict[str, float]:
+def energy(products: Products, nbytes: int, moved: int) -> dict[str, float]:
     """Joules of one inference: see the head of this file."""
-    quantizers = [m for _, m in model.named_modules()]
-    whole = any(isinstance(m, ActivationQuantizer | DynamicQuantizer) for m in quantizers)
-    kind, width = ("int8", 1) if whole else ("float32", 4)
-    additions = sum(layer.macs for layer in counted.layers if _is_additive(layer.ops))
     return {
-        "arithmetic": (multiply_adds - additions) * MULTIPLY_ADD[kind] + additions * ADDITION,
+        "arithmetic": sum(JOULES[kind] * number for kind, number in products.items()),
         "weights": nbytes * DRAM_BYTE,
-        "activations": 2 * counted.activation_bytes * width / 4 * CACHE_BYTE,
+        "activations": 2 * moved * CACHE_BYTE,
     }
 
 
-def _is_additive(ops: list[str]) -> bool:
-    return any(name.startswith("additive") for name in ops)
+def result_bytes(plan: tn.Plan) -> int:
+    """The bytes of the image and of all layers' results that are not another name of an operand."""
+    network = plan.network
+    values = [0, *(a.output for a in network.layers if not isinstance(a.step, Reshape))]
+    return sum(math.prod(network.shapes[v]) * network.dtypes[v].itemsize for v in values)
 
 
 # --- entropy coding -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tinynn as tn
 from bench import __main__ as command
 from bench import compressed, compressed_int8, compressed_networks, crossover, layers, records
 from bench.case import Case, CaseError
@@ -153,6 +155,15 @@ def test_plans_and_what_other_runtimes_get_give_the_same(text: str, tmp_path: An
         content = (tmp_path / "model.onnx").read_bytes()
         call = layers.onnxruntime_network(1, content, x.transpose(0, 3, 1, 2))
         np.testing.assert_allclose(call(), wanted, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_low_rank_is_raced_against_whole_layers() -> None:
+    case = Case.parse("plan_lowrank x=1x8x8x3 model=small_cifar")
+    (x,) = layers.numbers(case.shape("x"))
+    whole, factors = (compressed_networks.model(case, dense=dense) for dense in (True, False))
+    published = compressed_networks.model(dataclasses.replace(case, family="plan_dense"))
+    macs = [tn.count(m, x).macs for m in (published, whole, factors)]
+    assert macs[0] == macs[1] > 1.5 * macs[2]
 
 
 # --- crossovers -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from experiments.compress_small import EXPERIMENT, on_dense_kernels
 from experiments.compress_small_costs import (
     CACHE_BYTE,
     DRAM_BYTE,
-    MULTIPLY_ADD,
+    JOULES,
     Executable,
     content,
     costs,
@@ -29,7 +29,7 @@ from experiments.compress_small_figures import frontier
 from experiments.compress_small_steps import STEPS, carry_out
 from experiments.runner import Context, main
 from tinynn import nn
-from tinynn.compress import cluster, sparsify
+from tinynn.compress import cluster, quantize, sparsify
 from tinynn.data import Augment, Dataset
 
 TINY = [
@@ -148,6 +148,7 @@ def net() -> nn.Sequential:
 
 X = np.random.default_rng(1).normal(size=(1, 6, 6, 3)).astype(np.float32)
 MACS = 36 * 9 * 3 * 16 + 36 * 16 * 32 + 320
+RESULTS = 36 * (3 + 16 + 32) + 32 + 10  # numbers: ReLU is a part of the convolution
 
 
 def test_sparse_kernels_carry_out_what_is_stored_only() -> None:
@@ -171,9 +172,27 @@ def test_energy_is_what_the_published_costs_make_of_the_counts() -> None:
     joules = c["energy_joules"]
     assert joules["arithmetic"] == pytest.approx(MACS * 4.6e-12)
     assert joules["weights"] == pytest.approx(c["bytes"] * DRAM_BYTE) and DRAM_BYTE == 162.5e-12
-    moved = 2 * tn.count(net(), X).activation_bytes
+    moved = 2 * 4 * RESULTS
     assert joules["activations"] == pytest.approx(moved * CACHE_BYTE)
-    assert MULTIPLY_ADD["int8"] < MULTIPLY_ADD["float32"] / 10
+    assert JOULES["int8"] < JOULES["float32"] / 10
+
+
+def test_energy_of_activations_is_of_what_the_plan_moves() -> None:
+    """Not of batch norms that it folds, nor of 8 bits where only the products have 8."""
+    norms = nn.Sequential(net()[0], nn.BatchNorm(16), nn.ReLU(), *list(net())[2:])
+    models = {
+        "folded": norms,
+        "half": quantize.float16(net()),
+        "int8": quantize.int8(net(), [X]),
+        "dynamic": quantize.dynamic(net(), X),
+    }
+    found = {name: costs(Executable.of(m, X), X)["energy_joules"] for name, m in models.items()}
+    moved = {name: round(j["activations"] / 2 / CACHE_BYTE) for name, j in found.items()}
+    # in 8 bits the image is float32 first, and so is the result
+    bytes_of_int8 = 4 * (36 * 3 + 10) + RESULTS - 10
+    assert moved == {**dict.fromkeys(models, 4 * RESULTS), "int8": bytes_of_int8}
+    for name in ("int8", "dynamic"):
+        assert found[name]["arithmetic"] == pytest.approx(MACS * JOULES["int8"])
 
 
 def test_a_taught_model_is_trained_towards_its_teacher(tmp_path: Path) -> None:
