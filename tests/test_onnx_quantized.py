@@ -91,7 +91,7 @@ def test_one_grid_for_all_channels(tmp_path: Path) -> None:
 
 
 def test_float16_weights_are_those_that_were_rounded(tmp_path: Path) -> None:
-    exported(quantize.float16(network()), tmp_path / "model.onnx")
+    exported(quantize.float16(network(), images(1)), tmp_path / "model.onnx")
 
 
 def test_ranges_that_are_found_at_run_time_are_those_of_each_image(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_8_bits_are_close_to_float_and_the_model_given_is_not_touched() -> None:
     byte = quantize.int8(model, [x])
     assert noise(byte, model, x) < 0.05
     assert noise(quantize.dynamic(model, x[:1]), model, x) < 0.05
-    assert noise(quantize.float16(model), model, x) < 2e-3
+    assert noise(quantize.float16(model, x[:1]), model, x) < 2e-3
     assert all(np.array_equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(isinstance(m, Quantized) for _, m in model.named_modules())
 
@@ -509,7 +509,7 @@ def test_saved_and_loaded_it_gives_the_same_bits(how: str, tmp_path: Path) -> No
         "int8": lambda: quantize.int8(model, [x]),
         "low_bit": lambda: quantize.low_bit(model, [x], activations=4),
         "dynamic": lambda: quantize.dynamic(model, x[:1]),
-        "float16": lambda: quantize.float16(model),
+        "float16": lambda: quantize.float16(model, x[:1]),
         "learned": lambda: quantize.trainable(quantize.int8(model, [x]), "learned"),
     }[how]()
     tn.save(tmp_path / "q.safetensors", made)
@@ -566,7 +566,7 @@ def test_layers_with_few_scales_take_fewer_bytes_and_lose_little() -> None:
 
 def test_a_quantised_model_is_quantised_anew_from_its_own_weights() -> None:
     model, x = net(), images(40)
-    byte, half = quantize.int8(model, [x]), quantize.float16(model)
+    byte, half = quantize.int8(model, [x]), quantize.float16(model, x)
     wanted = byte.eval()(tn.Tensor(x)).data
     for first in (byte, half, quantize.dynamic(model, x)):
         again = quantize.int8(first, [x]).eval()
@@ -575,5 +575,8 @@ def test_a_quantised_model_is_quantised_anew_from_its_own_weights() -> None:
     back = quantize.float16(quantize.float16(half)).eval()
     np.testing.assert_array_equal(back(tn.Tensor(x)).data, half.eval()(tn.Tensor(x)).data)
     folded = quantize.float16(fold_batchnorm(model, x))
+    np.testing.assert_array_equal(folded.eval()(tn.Tensor(x)).data, back(tn.Tensor(x)).data)
+    with pytest.raises(ConfigError, match=r"batch norms at .*float16\(model, example\)"):
+        quantize.float16(model)
     with pytest.raises(ConfigError, match="an Observer of a model without grids"):
         quantize.int8(folded, observe(folded, [x], bins=64))

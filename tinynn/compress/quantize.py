@@ -1,6 +1,6 @@
 """Quantisation: models that compute with few bits, each pass giving a new model.
 
-    half = quantize.float16(model)                              # weights rounded to float16
+    half = quantize.float16(model, example)                     # weights rounded to float16
     byte = quantize.dynamic(model, example)                     # int8 weights, ranges at run time
     byte = quantize.int8(model, data)                           # all in 8 bits
     byte = quantize.int8(model, data, ranges=calibrate.kl)
@@ -99,13 +99,23 @@ class Scheme:
 # --- passes ---------------------------------------------------------------------------------------
 
 
-def float16(model: Module) -> Module:
+def float16(model: Module, example: npt.ArrayLike | None = None) -> Module:
     """A new model whose layers have their weights and biases rounded to float16.
 
-    Nothing but the storage changes: it computes in float32. Raises ConfigError for a weight beyond
-    float16's range.
+    Nothing but the storage changes: it computes in float32. Batch norms are folded first, as a plan
+    folds them: their factors would make numbers of float32 out of rounded weights. That takes
+    `example`, a batch to trace the graph on; a model without batch norms does without.
+
+    Raises ConfigError for a weight beyond float16's range, and for batch norms without an example.
     """
     out = floating(model)
+    if example is not None:
+        out = fold_batchnorm(out, example)
+    elif norms := _norms(out):
+        raise ConfigError(
+            f"quantize.float16: batch norms at {norms}; float16(model, example) folds them, else "
+            "their factors undo the rounding where the model is used"
+        )
     slots: dict[Module, Slots] = {}
     for path, module in out.named_modules():
         if not hasattr(module, "using"):
@@ -321,7 +331,7 @@ def _observed(model: Module, data: Observer | Iterable[Any]) -> tuple[Module, Ob
     """The model without batch norms, and what was seen of that."""
     if isinstance(data, Observer):
         data.require(model, "quantize")
-        if norms := [p for p, m in model.named_modules() if isinstance(m, BatchNorm)]:
+        if norms := _norms(model):
             raise ConfigError(
                 f"quantize: batch norms at {norms}; fold_batchnorm(model, example) first, and "
                 "observe the result"
@@ -336,6 +346,10 @@ def _observed(model: Module, data: Observer | Iterable[Any]) -> tuple[Module, Ob
     x = np.asarray(first[0] if isinstance(first, tuple) else first)
     folded = fold_batchnorm(floating(model), x[:1])
     return folded, observe(folded, itertools.chain([first], batches), bins=_BINS)
+
+
+def _norms(model: Module) -> list[str]:
+    return [path for path, m in model.named_modules() if isinstance(m, BatchNorm)]
 
 
 def _pooled(seen: Observer, values: Iterable[Value]) -> Histogram:
