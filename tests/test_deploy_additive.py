@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from test_deploy import close, expected, images, lived_in
 
 import tinynn as tn
 from kernels.geometry import Window
 from kernels.reference_compressed import additive_conv2d
 from tinynn import nn
+from tinynn.compress import quantize
 from tinynn.deploy.additive import AdditiveConv
+from tinynn.errors import ConfigError
 
 Array = np.ndarray
 
@@ -78,3 +81,32 @@ def test_a_layer_equals_the_plain_loops() -> None:
     win = Window((3, 3), step.stride, step.padding, step.dilation)
     sums = additive_conv2d(x.astype(np.float64), layer.weight.data.astype(np.float64), win)
     assert close(plan(x), sums * layer.scale.data + layer.bias.data)
+
+
+def test_other_layers_are_quantised_and_these_stay_floating() -> None:
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, rng=rng),
+        nn.ReLU(),
+        nn.AdditiveConv2d(8, 8, 3, rng=rng),
+        nn.BatchNorm(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, rng=rng),
+        nn.ReLU(),
+        nn.GlobalAvgPool2d(),
+        nn.AdditiveLinear(6, 5, rng=rng),
+        nn.ReLU(),
+        nn.Linear(5, 4, rng=rng),
+    ).eval()
+    x = images(rng, 9, 8, 9, 3)
+    for made, kinds in (
+        (quantize.int8(model, [x]), ("intconv", "additiveconv", "intlinear")),
+        (quantize.dynamic(model, x), ("dynamicconv", "additiveconv", "dynamiclinear")),
+    ):
+        plan = tn.compile(made, x, choose="dense")
+        assert {*kinds, "additivelinear"} <= {a.step.kind for a in plan.network.layers}
+        want = expected(made, x)
+        assert np.abs(plan(x) - want).max() < 0.02 * np.abs(want).max()
+    alone = nn.Sequential(nn.AdditiveLinear(6, 5, rng=rng))
+    with pytest.raises(ConfigError, match="ef-operator only, which stay floating"):
+        quantize.dynamic(alone, x[:, 0, :6, 0])

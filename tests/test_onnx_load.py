@@ -99,6 +99,8 @@ def test_a_classifier_computes_what_onnxruntime_computes(tmp_path: Path) -> None
     # one transpose, of the input: all else is NHWC
     assert [name for name, _ in net.steps if "to_n" in name] == ["to_nhwc"]
     assert not net.training
+    plan = tn.compile(net, x, choose="dense")
+    np.testing.assert_allclose(plan(x), net(tn.Tensor(x)).data, 1e-5, 1e-5)
 
 
 def test_what_is_loaded_is_trained_saved_and_pruned(tmp_path: Path) -> None:

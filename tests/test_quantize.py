@@ -16,6 +16,7 @@ from tinynn import nn, ops
 from tinynn.compress import calibrate, quantize
 from tinynn.compress.batchnorm import fold_batchnorm
 from tinynn.compress.integers import Grid, grids, layer, nbytes, pack, tensors, unpack
+from tinynn.compress.reestimate import reestimate
 from tinynn.errors import ConfigError, DataError, GraphError, PruneError
 from tinynn.graph import trace
 from tinynn.models import thesis
@@ -330,12 +331,15 @@ def test_what_cannot_be_quantised_is_refused_by_name() -> None:
         def forward(self, x: tn.Tensor) -> tn.Tensor:
             return ops.matmul(x, self.w)
 
-    with pytest.raises(ConfigError, match=r"matmul in '0'.*'0\.w'"):
+    with pytest.raises(ConfigError, match=r"'0' .*runs matmul with '0\.w'.*using"):
         quantize.int8(nn.Sequential(Own()), [np.ones((2, 3), np.float32)])
     with pytest.raises(ConfigError, match="without"):
         quantize.dynamic(nn.Sequential(nn.ReLU()), np.ones((1, 3), np.float32))
     with pytest.raises(DataError):
         quantize.int8(net(), [])
+    for run in (quantize.int8, quantize.low_bit, observe, reestimate):
+        with pytest.raises(DataError, match=r"required an iterable of batches.*\[x\]"):
+            run(net(), images())
     with pytest.raises(ConfigError, match=r"2 \.\.\. 8 bits"):
         quantize.low_bit(net(), [images()], weights=1)
     with pytest.raises(ConfigError, match="no stored grids"):

@@ -261,8 +261,9 @@ def observe(model: Module, data: Iterable[Any], *, bins: int = 0) -> Observer:
 
     With `bins`, a power of two, every value has a histogram of twice as many bins, besides.
 
-    Raises DataError if there is no batch or an empty one, GraphError if the model's ops depend on
-    the data, NonFiniteError naming the op and its module if an activation is NaN or infinite.
+    Raises DataError if there is no batch or an empty one, or one array instead of an iterable of
+    batches, GraphError if the model's ops depend on the data, NonFiniteError naming the op and its
+    module if an activation is NaN or infinite.
     """
     return observe_by(lambda m, example: Observer(m, example, bins=bins), model, data)
 
@@ -271,6 +272,7 @@ def observe_by(
     kind: Callable[[Module, Array], Watching], model: Module, data: Iterable[Any]
 ) -> Watching:
     """The same by an Observer of another kind, which sees every activation."""
+    require_batches("observe", data)
     observer = None
     with mode(model, training=False):
         for i, batch in enumerate(data):
@@ -283,6 +285,15 @@ def observe_by(
     if observer is None:
         raise DataError("observe: required at least one batch; came none")
     return observer
+
+
+def require_batches(what: str, data: object) -> None:
+    """Raise DataError for one array, whose rows would be taken for batches."""
+    if isinstance(data, np.ndarray | Tensor):
+        raise DataError(
+            f"{what}: required an iterable of batches; came one array of shape {data.shape} (a "
+            "single batch x is given as [x])"
+        )
 
 
 def _digest(model: Module) -> str:

@@ -178,7 +178,11 @@ def _packed(weight: Array, bits: Array) -> Array:
 
 
 def nbytes(model: Module) -> int:
-    """The bytes of `tensors(model)`: the honest size of the numbers, without a file's header."""
+    """The bytes of `tensors(model)`, without a file's header.
+
+    The file of a plan may be smaller, header and all: it holds each array in the smallest of
+    several forms, and the grids of activations in its compressed description.
+    """
     return sum(a.nbytes for a in tensors(model).values())
 
 

@@ -19,6 +19,8 @@ from tinynn.nn.module import Module
 _WEIGHTED = ("conv2d", "depthwise_conv2d", "conv_transpose2d", "linear", "scale_shift")
 #: ops without weights that integer kernels run
 _JOINING = ("add", "avg_pool2d", "concat")
+#: ops with weights whose layers stay floating: no integer kernel runs them
+_FLOATING = ("additive", "additive_conv2d")
 
 
 @dataclass
@@ -35,24 +37,42 @@ class Place:
 def weighted(graph: Graph, model: Module) -> dict[str, Node]:
     """The first op of each layer with weights, by the layer's path, as the network computes them.
 
-    Raises ConfigError naming an op whose weights no layer with `using` holds.
+    Layers of the ef-operator are left out. Raises ConfigError naming an op whose weights no layer
+    with `using` holds, or if there are no layers.
     """
     modules = dict(model.named_modules())
+    floating = _floating(graph)
     found: dict[str, Node] = {}
     for node in graph.nodes:
         has_weights = len(node.inputs) > 1 and not node.inputs[1].is_data
-        if not has_weights or not (node.op.channels == "mix" or node.op.name in _WEIGHTED):
+        rounded = node.op.channels == "mix" or node.op.name in _WEIGHTED
+        if not has_weights or not rounded or node.output.index in floating:
             continue
         own = f"{node.path}.weight" if node.path else "weight"
         if not hasattr(modules.get(node.path), "using") or node.inputs[1].name != own:
             raise ConfigError(
-                f"quantize: {node.op.name} in {node.path!r} ({node.module}) has weights "
-                f"{node.inputs[1].name!r} that are not those of a layer with `using`"
+                f"quantize: {node.path or 'the model'!r} ({node.module}) runs {node.op.name} with "
+                f"{node.inputs[1].name or 'an array'!r} as weights: required those of a layer that "
+                "runs with others, too (one with `using`), such as nn.Linear or nn.Conv2d. Hold "
+                "them in such a layer, or quantise the model around it alone"
             )
         found.setdefault(node.path, node)
     if not found:
-        raise ConfigError("quantize: required a model with weights; came one without")
+        raise ConfigError(
+            "quantize: required a model with weights that are multiplied; came "
+            + ("layers of the ef-operator only, which stay floating" if floating else "one without")
+        )
     return found
+
+
+def _floating(graph: Graph) -> set[int]:
+    """The values made by layers that stay floating: their ops, and the scales right behind."""
+    found: dict[int, str] = {}
+    for node in graph.nodes:
+        behind = node.op.name == "scale_shift" and found.get(node.inputs[0].index) == node.path
+        if node.op.name in _FLOATING or behind:
+            found[node.output.index] = node.path
+    return set(found)
 
 
 def places(graph: Graph, model: Module) -> list[Place]:
@@ -67,7 +87,7 @@ class _Places:
     def __init__(self, graph: Graph, model: Module) -> None:
         self.graph = graph
         self.modules = dict(model.named_modules())
-        self.layers = weighted(graph, model)
+        self.layers, self.floating = weighted(graph, model), _floating(graph)
         self.made_by = {n.output.index: n for n in graph.nodes}
         self.readers: dict[int, list[Node]] = defaultdict(list)
         for node in graph.nodes:
@@ -79,7 +99,7 @@ class _Places:
         needed: dict[int, Value] = {}
         read_by: dict[int, list[str]] = defaultdict(list)
         for node in self.graph.nodes:
-            if not _is_integer(node):
+            if not _is_integer(node) or node.output.index in self.floating:
                 continue
             for v in node.inputs[:1] if node.path in self.layers else node.inputs:
                 if v.is_data:

@@ -12,7 +12,7 @@
 batch norms are folded. The result runs, trains, saves and loads as any model, and computes in
 floating point what the integer kernels compute: `tinynn.nn.quantized` says how exactly, and what a
 grid is. `integers.grids`, `integers.layer` and `integers.nbytes` give grids, integer weights and
-the honest size.
+the bytes of all numbers; what a plan's file takes is often less, see there.
 
 Where grids lie in a model of fixed ranges:
 - weights of every layer: symmetric, one grid for each output channel (or one for all);
@@ -22,6 +22,7 @@ Where grids lie in a model of fixed ranges:
 - the model's input: `Quantized(model, input=...)` around the whole;
 - what nothing but floating-point arithmetic reads stays floating: the model's result, or the
   argument of a tanh, whose result then has a grid if need be.
+Layers of the ef-operator stay floating, in models of both kinds of ranges.
 
 A model that is quantised already loses its grids: the new ones come from the floating-point weights
 that it keeps. `fold_batchnorm` comes first; a batch norm that it leaves is a scale and a shift,
@@ -57,7 +58,7 @@ from tinynn.nn.quantized import (
     WeightQuantizer,
     affine,
 )
-from tinynn.observe import Histogram, Observer, observe
+from tinynn.observe import Histogram, Observer, observe, require_batches
 from tinynn.op import Array
 
 _BINS = 2048
@@ -163,8 +164,12 @@ def int8(
     """A new model in fixed point: integer weights, and activations on calibrated ranges.
 
     `ranges` chooses each activation's range from its histogram, `activations` are their bits; the
-    model's input always has 8. Raises ConfigError naming an op with weights that no layer with
-    `using` runs, or for an Observer of a model with batch norms or grids; DataError without data.
+    model's input always has 8. What lies beyond a range gets its end, infinities too; NaN stays in
+    the model, but a plan of it makes it some number of the range, so that its result looks like any
+    other: check inputs that can have it.
+
+    Raises ConfigError naming a layer whose weights cannot be rounded, or for an Observer of a model
+    with batch norms or grids; DataError without data, or for one array instead of batches.
     """
     if activations not in range(2, 9):
         raise ConfigError(f"quantize: required activations of 2 ... 8 bits; came {activations}")
@@ -339,6 +344,7 @@ def _observed(model: Module, data: Observer | Iterable[Any]) -> tuple[Module, Ob
         if any(isinstance(m, Quantized) for _, m in model.named_modules()):
             raise ConfigError("quantize: required batches, or an Observer of a model without grids")
         return model, data
+    require_batches("quantize", data)
     batches = iter(data)
     first = next(batches, None)
     if first is None:

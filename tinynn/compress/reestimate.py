@@ -10,6 +10,7 @@ import numpy as np
 from tinynn.errors import DataError, NonFiniteError
 from tinynn.nn.conv import BatchNorm
 from tinynn.nn.module import Module, mode
+from tinynn.observe import require_batches
 from tinynn.tensor import Tensor, no_grad
 
 
@@ -26,6 +27,7 @@ def reestimate(model: Module, data: Iterable[Any]) -> Module:
     Raises DataError if there is no batch or an empty one, NonFiniteError naming the layer if its
     statistics are NaN or infinite.
     """
+    require_batches("reestimate", data)
     out = model.copy()
     norms = {path: m for path, m in out.named_modules() if isinstance(m, BatchNorm)}
     momenta = [m.momentum for m in norms.values()]

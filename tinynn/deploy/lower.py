@@ -30,6 +30,7 @@ from tinynn.deploy.steps import (
     Scatter,
     Step,
 )
+from tinynn.deploy.transpose import Transpose, transposed
 from tinynn.errors import CompileError, DTypeError, ShapeError
 from tinynn.graph import Graph, Node
 from tinynn.op import Array, Shape
@@ -99,12 +100,12 @@ class _Lowering(IntegerLowering):
         self.number[node.output.index] = lower(self, node)
 
     def _drop_unread(self) -> None:
-        """Leave out what was rounded for layers that round by themselves."""
+        """Leave out what was rounded for layers that round by themselves, or turned back."""
         read = {self.sketch.output}.union(*(a.inputs for a in self.sketch.layers))
         self.sketch.layers = [
             a
             for a in self.sketch.layers
-            if a.output in read or not isinstance(a.step, DynamicRound)
+            if a.output in read or not isinstance(a.step, DynamicRound | Transpose)
         ]
 
     def weights(self, node: Node, first: int) -> list[Array]:
@@ -234,6 +235,14 @@ class _Lowering(IntegerLowering):
     def reshape(self, node: Node) -> int:
         return self.append(node, Reshape(node.output.shape[1:]), self.moved(node)[0])
 
+    def transpose(self, node: Node) -> int:
+        op: Any = node.op
+        if op.axes[0] != 0:
+            raise refused(node, "the batch as the first axis of the result")
+        (number,), axes = self.moved(node)[0], tuple(a - 1 for a in op.axes[1:])
+        step, number = transposed(self.sketch.layers, self.sketch.shapes, number, axes)
+        return number if step is None else self.append(node, step, [number])
+
     def concat(self, node: Node) -> int:
         op: Any = node.op
         if op.axis == 0:
@@ -286,6 +295,7 @@ _LOWER: dict[str, Callable[[_Lowering, Node], int]] = {
     "sub": _Lowering.arithmetic,
     "sum": _Lowering.sum,
     "tanh": _Lowering.activation,
+    "transpose": _Lowering.transpose,
 }
 
 

@@ -62,7 +62,10 @@ class Plan:
         return self.network.shapes[self.network.output]
 
     def __call__(self, x: npt.ArrayLike | Tensor) -> Array:
-        """The network's result for a batch. Raises ShapeError or DTypeError if x does not fit."""
+        """The network's result for a batch. Raises ShapeError or DTypeError if x does not fit.
+
+        Where x is rounded to a fixed range (`quantize.int8`), NaN becomes some number of the range.
+        """
         x = self._batch(x)
         y = np.empty((len(x), *self.output_shape), np.float32)
         if not len(x):

@@ -62,7 +62,7 @@ class Step:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not cls.__name__.startswith("_") and cls.__name__ != "Windowed":
+        if not cls.__name__.startswith("_") and cls.__name__ not in ("Moving", "Windowed"):
             cls.kind = cls.__name__.lower()
             Step.registry[cls.kind] = cls
 
@@ -143,7 +143,7 @@ class Linear(Step):
         prepack.linear(at.program, at.packed, at.inputs[0], w, b, at.output, self.relu, self.onto)
 
 
-class _Moving(Step):
+class Moving(Step):
     """A step that only moves what its operands consist of."""
 
     def dtype(self, kinds: Sequence[Any]) -> Any:
@@ -398,7 +398,7 @@ class Activation(Step):
 
 
 @dataclass(frozen=True)
-class Concat(_Moving):
+class Concat(Moving):
     """Values side by side along `axis` (0 is the first after the batch)."""
 
     axis: int = 0
@@ -422,7 +422,7 @@ class Concat(_Moving):
 
 
 @dataclass(frozen=True)
-class Pad(_Moving):
+class Pad(Moving):
     """Elements `value` around x: widths[i] = (before, after) of axis i, on two axes at most."""
 
     widths: tuple[Pair, ...] = ()
@@ -484,7 +484,7 @@ class Scatter(Step):
 
 
 @dataclass(frozen=True)
-class Reshape(_Moving):
+class Reshape(Moving):
     """The same elements under another shape: nothing is done."""
 
     shape: Shape = ()
