@@ -15,7 +15,7 @@ from typing import Any
 from llvmlite import ir
 
 from kernels._emit import I8, I16, I32, I64
-from kernels._levels import CHOSEN, MASKS_BYTES
+from kernels._levels import CHOSEN, MASKS_BYTES, WIDENS_IMAGES
 
 #: 1.5 * 2^23. Added to |x| <= 2^22 it leaves no room for a fraction: the sum is x rounded to the
 #: nearest integer, half to even, and the low byte of its bits is that integer's low byte.
@@ -23,6 +23,9 @@ _ROUND = 12582912.0
 
 #: Whether there are instructions that narrow numbers to the nearest that fits.
 SATURATING = CHOSEN.dot4 != "plain"
+
+#: The byte of a weight for each of four rows that come together.
+PLACES = (0, 2, 1, 3) if WIDENS_IMAGES else (0, 1, 2, 3)
 
 #: By the bits of a vector: rounding to int32, then narrowing to int16 and to unsigned bytes.
 _X86 = {
@@ -65,6 +68,23 @@ def dot4(code: Any, z: Any, u: Any, s: Any) -> Any:
     twice = [code.shuffle(v, unset, list(range(8))) for v in (z, u, s)]
     both = code.dot4(*twice)
     return code.shuffle(both, both, [0, 1, 2, 3])
+
+
+def paired(code: Any, rows: list[Any]) -> list[list[Any]]:
+    """Rows 2 i and 2 i + 1 as the two int16 of each lane, INTERLEAVED, for each i; WIDENS only."""
+    zero, kind = ir.Constant(rows[0].type, None), rows[0].type
+    found = []
+    for i in range(0, len(rows), 2):
+        pair = _zip(code, rows[i], rows[i + 1] if i + 1 < len(rows) else zero, kind)
+        found.append([v for half in pair for v in _zip(code, half, zero, kind)])
+    return found
+
+
+def weight_pairs(code: Any, w: Any) -> list[Any]:
+    """Bytes 0 and 2, signed, of each int32 as two int16, then 1 and 3: weights of `paired` rows."""
+    b, half = code.builder, ir.VectorType(I16, 2 * w.type.count)
+    w, eight = b.bitcast(w, half), ir.Constant(half, [8] * half.count)
+    return [b.ashr(b.shl(w, eight), eight), b.ashr(w, eight)]
 
 
 def rounded(code: Any, four: list[Any], bounds: tuple[Any, Any], zero: Any) -> Any:

@@ -94,8 +94,8 @@ ROWS = (CHOSEN.rows[0], *CHOSEN.rows)
 TILE = (ROWS[-1], len(ROWS) - 1)
 #: Whether bytes are multiplied as int16, and so are better widened once than in each product.
 WIDENS = CHOSEN.dot4 == "pmaddwd"
-#: Whether whole images are, too, and bytes of depthwise layers multiplied in pairs: measured where
-#: registers are few and of 32 bytes.
+#: Whether whole images are, too, and rows of depthwise windows put together as pairs of int16, not
+#: as four bytes: measured where vectors have 32 bytes only.
 WIDENS_IMAGES = WIDENS and CHOSEN.vector_bytes == 32
 #: Whether there are loads and stores of some bytes of a vector: elsewhere a branch for each byte.
 MASKS_BYTES = CHOSEN.vector_bytes == 64
@@ -113,8 +113,10 @@ class LevelCode(Code):
 
     def dot2(self, z: Any, p: Any, q: Any) -> Any:
         """z + the dot product of 2 int16 of p and of q, in each int32 lane; WIDENS only."""
-        name = f"llvm.x86.{'avx512.pmaddw.d.512' if z.type.count == 16 else 'avx2.pmadd.wd'}"
-        return self.builder.add(z, self.call(name, z.type, p, q))
+        name = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}[z.type.count]
+        half = ir.VectorType(I16, 2 * z.type.count)
+        p, q = (self.builder.bitcast(v, half) for v in (p, q))
+        return self.builder.add(z, self.call(f"llvm.x86.{name}", z.type, p, q))
 
     def dot4(self, z: Any, u: Any, s: Any) -> Any:
         """z + the dot product of 4 unsigned bytes of u and 4 signed of s, in each int32 lane."""

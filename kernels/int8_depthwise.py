@@ -6,7 +6,9 @@ with base as in `kernels.int8_conv`. Up to four rows of the image come together 
 int32 lanes, and meet the weights of these rows in one dot product (`simd_int.slide_bytes`): a
 vector of bytes of neighbouring channels from each row makes four of int32, INTERLEAVED as
 `kernels._bytes` explains. Weights are packed in that order, and the sums' way back to bytes undoes
-it. Rows above or below the image are replaced by the nearest one inside, their weights by 0.
+it. Rows above or below the image are replaced by the nearest one inside, their weights by 0. Where
+a level WIDENS_IMAGES, rows come together as two int16 instead, and weights are taken apart likewise
+before the tiles of a row of the image.
 
 The rest is `kernels.depthwise`: a tile is mr neighbouring pixels of a row; windows whose rows have
 2, 3 or 5 weights without gaps have code of their own; columns outside the image are skipped.
@@ -24,6 +26,7 @@ import numpy as np
 from numba import prange
 
 from kernels import simd, simd_int
+from kernels._bytes import PLACES
 from kernels._jit import Variants
 from kernels.geometry import Window
 from kernels.int8 import Scaling, checked_sums, fitted, operand, result, widened
@@ -191,7 +194,7 @@ def _place(layer: Depthwise, height: int, width: int) -> Placed:
                 r < count and g * count + r < win.kernel[0] and 0 <= y < height
                 for r, y in enumerate(wanted)
             ]
-            mask = sum(255 << 8 * r for r in range(4) if inside[r])
+            mask = sum(255 << 8 * place for r, place in enumerate(PLACES) if inside[r])
             lines[oy, g] = nearest[0], *(y - nearest[0] for y in nearest[1:]), mask
     lines[..., 4] = lines[..., 4].astype(np.uint32).view(np.int32)  # as signed numbers
     special = win.kernel[1] in (2, 3, 5) and win.stride[1] <= 2 and win.dilation[1] == 1
@@ -232,7 +235,7 @@ def pack_depthwise2d(
     bytes_ = np.zeros((groups * rows, KW, C * factor), np.int8)
     bytes_[:KH] = taps.reshape(KH, KW, C * factor)
     quads = np.zeros((groups, KW, C * factor, 4), np.int8)
-    quads[..., :rows] = bytes_.reshape(groups, rows, KW, -1).transpose(0, 2, 3, 1)
+    quads[..., PLACES[:rows]] = bytes_.reshape(groups, rows, KW, -1).transpose(0, 2, 3, 1)
     packed = spread(quads.view(np.int32)[..., 0])
     sums = sums.reshape(KH, KW, C * factor)
     return Depthwise(win, C, factor, x_zero, packed, sums, added, how)

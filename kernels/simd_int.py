@@ -17,7 +17,7 @@ from numba.core.errors import TypingError
 
 from kernels import _bytes
 from kernels._emit import I32, I64, Tile, constant, static_bounds
-from kernels._levels import LANES
+from kernels._levels import LANES, WIDENS_IMAGES
 from kernels._primitive import (
     OFFSET,
     bound_types,
@@ -301,7 +301,7 @@ def _columns(code: Any, x: Any, count: int, bounds: Any, static: Any, column: An
 def slide_bytes(typing, acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, cols):
     """acc[o] += sum_{k, r < rows} w[k].r x[o step + k].r of columns lo <= c < hi only.
 
-    acc and w have four vectors of int32 a row, w[k].r is byte r, signed, of each lane of w[k];
+    acc and w have four vectors of int32 a row, w[k].r is byte PLACES[r], signed, of lanes of w[k];
     x[c].r = X[ix + o_r + c ld : + 4 lanes], uint8, with o_0 = 0, INTERLEAVED: see `kernels._bytes`.
     step and rows <= 4 are constants. Only the first `cols` elements of x[c] are read unless that is
     a constant; constant lo and hi save the branches.
@@ -314,6 +314,8 @@ def slide_bytes(typing, acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, cols)
     part, kind = not isinstance(cols, types.IntegerLiteral), _bytes.vector(4 * acc.lanes)
 
     def emit(code, acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, cols):
+        if WIDENS_IMAGES:
+            w = [[_bytes.weight_pairs(code, v) for v in row] for row in w]
         starts = [ix, *(code.builder.add(ix, o) for o in (o1, o2, o3)[: R - 1])]
         mask = _bytes.mask(code, cols, kind.count) if part else None
 
@@ -323,11 +325,20 @@ def slide_bytes(typing, acc, w, step, rows, X, ix, o1, o2, o3, ld, lo, hi, cols)
                 return code.load(pointer, kind)
             return _bytes.masked(code, pointer, kind.count, mask)
 
+        def summed(row, x, w):
+            for i, vectors in enumerate(x):
+                row = [code.dot2(*zpq) for zpq in zip(row, vectors, [q[i] for q in w], strict=True)]
+            return row
+
         def column(c, old):
             pairs = [(o, c - o * S) for o in range(len(old)) if 0 <= c - o * S < len(w)]
             if not pairs:
                 return {}
-            x = _bytes.interleaved(code, [load(start, c) for start in starts])
+            loaded = [load(start, c) for start in starts]
+            if WIDENS_IMAGES:
+                x = _bytes.paired(code, loaded)
+                return {o: summed(old[o], x, w[k]) for o, k in pairs}
+            x = _bytes.interleaved(code, loaded)
             return {
                 o: [_bytes.dot4(code, *zuw) for zuw in zip(old[o], x, w[k], strict=True)]
                 for o, k in pairs
