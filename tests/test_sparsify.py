@@ -107,6 +107,27 @@ def test_n_of_m_keeps_the_largest_of_every_group(
             assert chosen == set(np.argsort(-group[:, column])[:expected])
 
 
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_the_inputs_of_a_depthwise_output_are_its_taps(multiplier: int) -> None:
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(
+        nn.DepthwiseConv2d(6, 3, multiplier=multiplier, rng=rng),
+        nn.PointwiseConv2d(6 * multiplier, 5, rng=rng),
+    )
+    whole = weights(model)["0.weight"].data.reshape(9, -1)
+    wanted = sparsify.n_of_m(2, 4)({"w": np.abs(whole)})["w"]
+    slim = sparsify.weights(model, sparsify.magnitude, sparsify.n_of_m(2, 4))
+    found = weights(slim)["0.weight"].mask
+    assert found is not None and found.shape == (3, 3, 6, multiplier)
+    np.testing.assert_array_equal(found.reshape(9, -1), wanted)
+    assert (wanted.sum(axis=0) == 2 + 2 + 1).all()
+    slimmer = sparsify.weights(slim, sparsify.magnitude, sparsify.n_of_m(1, 4))
+    assert (np.count_nonzero(weights(slimmer)["0.weight"].data, axis=(0, 1)) == 3).all()
+    blocks = sparsify.weights(model, sparsify.magnitude, sparsify.blocks(0.5, 3))
+    kept = np.asarray(weights(blocks)["0.weight"].mask).reshape(9, -1, 3)
+    assert (kept.all(axis=2) | ~kept.any(axis=2)).all()
+
+
 @given(outputs=st.integers(1, 13), size=st.integers(1, 5), kept=st.floats(0.05, 1))
 @settings(max_examples=60, deadline=None)
 def test_blocks_go_or_stay_whole(outputs: int, size: int, kept: float) -> None:

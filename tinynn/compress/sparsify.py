@@ -20,12 +20,15 @@ import numpy as np
 
 from tinynn.compress.saliency import Gradients
 from tinynn.errors import ConfigError, PruneError
+from tinynn.nn.conv import DepthwiseConv2d
 from tinynn.nn.module import Module, Parameter, is_weight
 from tinynn.op import Array
 
 #: (dotted path, weights) -> scores of the same shape; the larger, the more important
 Score = Callable[[str, Array], Array]
-#: scores by dotted path, -inf for weights that are masked already -> which stay, by dotted path
+#: scores by dotted path, -inf for weights that are masked already -> which stay, by dotted path.
+#: The last axis is the outputs and the others are what one output reads: depthwise weights come as
+#: (KH, KW, 1, C R)
 Keep = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
@@ -127,9 +130,9 @@ def deviation(width: float, unit: str = "std") -> Keep:
 def n_of_m(n: int, m: int) -> Keep:
     """Of every m weights that one output reads one after another, keep n: "2:4" is n_of_m(2, 4).
 
-    The inputs of an output are all axes but the last, in order (for a convolution KH, KW, m_in);
-    an incomplete last group keeps as many as fit its share, rounded up. Mishra et al. 2021,
-    "Accelerating sparse deep neural networks", section 2.
+    The inputs of an output are all axes but the last, in order (for a convolution KH, KW, m_in),
+    for a depthwise one the taps of its channel; an incomplete last group keeps as many as fit its
+    share, rounded up. Mishra et al. 2021, "Accelerating sparse deep neural networks", section 2.
     """
     if not 1 <= n <= m:
         raise ConfigError(f"sparsify.n_of_m: required 1 <= n <= m; came {n} and {m}")
@@ -147,7 +150,8 @@ def n_of_m(n: int, m: int) -> Keep:
 
 
 def blocks(kept: float, size: int = 4) -> Keep:
-    """Keep this share of blocks of `size` neighbouring outputs of one input, by summed scores.
+    """Keep this share of blocks of `size` neighbouring outputs of one input, by summed scores; for
+    a depthwise convolution, of one tap.
 
     The pattern "4x1" that `kernels.sparse` runs at higher densities than single weights: one index
     serves four weights. An incomplete last block counts as a block.
@@ -192,7 +196,8 @@ def weights(
 def apply(model: Module, score: Score, keep: Keep, *, only: Collection[str] | None = None) -> None:
     """The same on the model itself: for training, whose optimiser holds these parameters."""
     chosen = weights_of(model, only)
-    scores = {}
+    layers = [m for _, m in model.named_modules() if isinstance(m, DepthwiseConv2d)]
+    depthwise, scores = {id(m.weight) for m in layers}, {}
     for name, p in chosen.items():
         values = np.asarray(score(name, p.data), np.float64)
         if values.shape != p.shape or np.isnan(values).any():
@@ -200,10 +205,12 @@ def apply(model: Module, score: Score, keep: Keep, *, only: Collection[str] | No
                 f"sparsify: required scores {p.shape} for {name}, none of them NaN; came "
                 f"{values.shape}, {np.isnan(values).sum()} NaN"
             )
-        scores[name] = values if p.mask is None else np.where(p.mask, values, -np.inf)
+        values = values if p.mask is None else np.where(p.mask, values, -np.inf)
+        scores[name] = values.reshape(*p.shape[:2], 1, -1) if id(p) in depthwise else values
     masks = keep(scores)
     for name, p in chosen.items():
-        mask = masks[name] if p.mask is None else masks[name] & p.mask
+        mask = masks[name].reshape(p.shape) if id(p) in depthwise else masks[name]
+        mask = mask if p.mask is None else mask & p.mask
         if not mask.any():
             raise PruneError(f"sparsify: all {mask.size} weights of {name} would go")
         masks[name] = mask
