@@ -5,7 +5,7 @@ Scores of `sparsify` and `importance` read them. Nothing here changes the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ def gradients(model: Module, data: Iterable[Any], loss: Loss) -> Gradients:
     mean = {name: np.zeros(p.shape) for name, p in model.named_parameters()}
     square = {name: np.zeros_like(a) for name, a in mean.items()}
     count = 0
-    for x, y in data:
+    for x, y in _pairs("gradients", data):
         for name, grad in _gradient(model, [(x, y)], loss).items():
             mean[name] += grad
             square[name] += np.square(grad)
@@ -63,7 +63,7 @@ def gates(model: Module, data: Iterable[Any], loss: Loss) -> Gates:
     """
     weights = {n: p.data.astype(np.float64) for n, p in model.named_parameters() if is_weight(p)}
     rows: dict[str, list[Array]] = {name: [] for name in weights}
-    for x, y in data:
+    for x, y in _pairs("gates", data):
         found = _gradient(model, [(x, y)], loss)
         for name, w in weights.items():
             others = tuple(axis for axis in range(w.ndim) if axis != w.ndim - 2)
@@ -89,7 +89,7 @@ def hessian_diagonal(
     gradient over `data`, whose batches are read 2 `probes` times. Off the diagonal the signs
     cancel on average only: more probes, less noise.
     """
-    batches = list(data)
+    batches = list(_pairs("hessian_diagonal", data))
     if not batches or probes < 1 or not step > 0:
         raise ConfigError(
             "saliency.hessian_diagonal: required batches, probes >= 1 and step > 0; came "
@@ -106,6 +106,15 @@ def hessian_diagonal(
             for name, grad in _gradient(twin, batches, loss).items():
                 total[name] += side * signs[name] * grad / (2 * step * probes)
     return total
+
+
+def _pairs(what: str, data: Iterable[Any]) -> Iterator[Any]:
+    for batch in data:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise DataError(
+                f"saliency.{what}: required batches (x, y); came {type(batch).__name__}"
+            )
+        yield batch
 
 
 def _gradient(model: Module, batches: Iterable[Any], loss: Loss) -> dict[str, Array]:
