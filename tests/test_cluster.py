@@ -275,6 +275,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for options in (
         {"entries": 1},
         {"entries": 257},
+        {"entries": 16.5},
         {"entries": 4, "per": "row"},
         {"entries": 4, "init": "k-means++"},
         {"entries": 4, "init": "random"},

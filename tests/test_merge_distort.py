@@ -123,6 +123,7 @@ def test_distortion_of_some_parameters_and_bad_requests() -> None:
         ({"scale": np.nan}, "finite"),
         ({"low": 2.0}, "low <= high"),
         ({"only": ["7.bias"]}, r"no parameters \['7.bias'\]"),
+        ({"only": "0.bias"}, "list of names; came the text"),
     ):
         with pytest.raises(ConfigError, match=words):
             distort(model, rng, **bad)  # type: ignore[arg-type]

@@ -233,8 +233,20 @@ def test_what_does_not_fit_is_refused() -> None:
         sparsify.weights(model, lambda n, w: w * np.nan, sparsify.share(0.5))
     with pytest.raises(PruneError, match=r"required values \(3, 3, 2, 5\)"):
         sparsify.weights(model, sparsify.brain_damage({}), sparsify.share(0.5))
-    for bad in (lambda: sparsify.share(0), lambda: sparsify.n_of_m(3, 2)):
+    with pytest.raises(PruneError, match=r"list of names; came the text '0\.weight'"):
+        sparsify.weights(model, sparsify.magnitude, sparsify.share(0.5), only="0.weight")
+    for bad in (
+        lambda: sparsify.share(0),
+        lambda: sparsify.n_of_m(3, 2),
+        lambda: sparsify.n_of_m(2.5, 4),  # type: ignore[arg-type]
+        lambda: sparsify.n_of_m(2, 4.5),  # type: ignore[arg-type]
+        lambda: sparsify.blocks(0.5, 2.5),  # type: ignore[arg-type]
+    ):
         with pytest.raises(ConfigError):
             bad()
     with pytest.raises(DataError):
         saliency.gradients(model, [], tn.mse)
+    x = np.zeros((2, 6, 6, 2), np.float32)  # whose two rows are no x and y
+    for watch in (saliency.gradients, saliency.gates):
+        with pytest.raises(DataError, match=r"required batches \(x, y\); came ndarray"):
+            watch(model, [x], tn.mse)

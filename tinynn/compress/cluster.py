@@ -20,6 +20,7 @@ import numpy as np
 from kernels import codebook
 from kernels.codebook import CodeBook
 from tinynn.compress.sparsify import weights_of
+from tinynn.data.batches import is_count
 from tinynn.errors import ConfigError
 from tinynn.nn.module import Module
 from tinynn.op import Array
@@ -64,9 +65,9 @@ def kmeans(
 
     Raises ConfigError for options out of range, PruneError for unknown names.
     """
-    if not 2 <= entries <= 256 or per not in ("layer", "channel"):
+    if not is_count(entries) or not 2 <= entries <= 256 or per not in ("layer", "channel"):
         raise ConfigError(
-            "cluster.kmeans: required 2 to 256 entries, per 'layer' or 'channel'; came "
+            "cluster.kmeans: required 2 to 256 whole entries, per 'layer' or 'channel'; came "
             f"{entries!r}, {per!r}"
         )
     if init not in ("linear", "k-means++") or (init == "k-means++") != (rng is not None):

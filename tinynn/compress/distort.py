@@ -59,6 +59,8 @@ def distort(
         raise ConfigError(
             f"distort: required finite scale and low <= high; came {scale}, {low}, {high}"
         )
+    if isinstance(only, str):
+        raise ConfigError(f"distort: `only` is a list of names; came the text {only!r}")
     out = model.copy()
     parameters = dict(out.named_parameters())
     chosen = {n for n, p in parameters.items() if not is_scale(p)} if only is None else only

@@ -5,7 +5,7 @@ Scores of `sparsify` and `importance` read them. Nothing here changes the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ def gradients(model: Module, data: Iterable[Any], loss: Loss) -> Gradients:
     mean = {name: np.zeros(p.shape) for name, p in model.named_parameters()}
     square = {name: np.zeros_like(a) for name, a in mean.items()}
     count = 0
-    for x, y in data:
+    for x, y in _pairs("gradients", data):
         for name, grad in _gradient(model, [(x, y)], loss).items():
             mean[name] += grad
             square[name] += np.square(grad)
@@ -69,7 +69,7 @@ def gates(model: Module, data: Iterable[Any], loss: Loss) -> Gates:
     gated, gates = _gated(model)
     inside = [name for name, p in gated.named_parameters() if is_weight(p)]
     names = dict(zip(weights, inside, strict=True))
-    for x, y in data:
+    for x, y in _pairs("gates", data):
         found = _gradient(gated, [(x, y)], loss)
         for name, w in weights.items():
             others = tuple(axis for axis in range(w.ndim) if axis != w.ndim - 2)
@@ -121,7 +121,7 @@ def hessian_diagonal(
     gradient over `data`, whose batches are read 2 `probes` times. Off the diagonal the signs
     cancel on average only: more probes, less noise.
     """
-    batches = list(data)
+    batches = list(_pairs("hessian_diagonal", data))
     if not batches or probes < 1 or not step > 0:
         raise ConfigError(
             "saliency.hessian_diagonal: required batches, probes >= 1 and step > 0; came "
@@ -138,6 +138,15 @@ def hessian_diagonal(
             for name, grad in _gradient(twin, batches, loss).items():
                 total[name] += side * signs[name] * grad / (2 * step * probes)
     return total
+
+
+def _pairs(what: str, data: Iterable[Any]) -> Iterator[Any]:
+    for batch in data:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise DataError(
+                f"saliency.{what}: required batches (x, y); came {type(batch).__name__}"
+            )
+        yield batch
 
 
 def _gradient(model: Module, batches: Iterable[Any], loss: Loss) -> dict[str, Array]:

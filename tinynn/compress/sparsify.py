@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinynn.compress.saliency import Gradients
+from tinynn.data.batches import is_count
 from tinynn.errors import ConfigError, PruneError
 from tinynn.nn.conv import DepthwiseConv2d
 from tinynn.nn.module import Module, Parameter, is_weight
@@ -131,11 +132,13 @@ def n_of_m(n: int, m: int) -> Keep:
     """Of every m weights that one output reads one after another, keep n: "2:4" is n_of_m(2, 4).
 
     The inputs of an output are all axes but the last, in order (for a convolution KH, KW, m_in),
-    for a depthwise one the taps of its channel; an incomplete last group keeps as many as fit its share, rounded up. Mishra et al. 2021,
-    "Accelerating sparse deep neural networks", section 2.
+    for a depthwise one the taps of its channel; an incomplete last group keeps as many as fit its
+    share, rounded up. Mishra et al. 2021, "Accelerating sparse deep neural networks", section 2.
     """
-    if not 1 <= n <= m:
-        raise ConfigError(f"sparsify.n_of_m: required 1 <= n <= m; came {n} and {m}")
+    if not (is_count(n) and is_count(m) and n <= m):
+        raise ConfigError(
+            f"sparsify.n_of_m: required whole numbers 1 <= n <= m; came {n!r} and {m!r}"
+        )
 
     def one(scores: Array) -> Array:
         rows = scores.reshape(-1, scores.shape[-1])  # (inputs, outputs)
@@ -156,9 +159,9 @@ def blocks(kept: float, size: int = 4) -> Keep:
     The pattern "4x1" that `kernels.sparse` runs at higher densities than single weights: one index
     serves four weights. An incomplete last block counts as a block.
     """
-    if not 0 < kept <= 1 or size < 1:
+    if not 0 < kept <= 1 or not is_count(size):
         raise ConfigError(
-            f"sparsify.blocks: required 0 < kept <= 1 and size >= 1; came {kept!r}, {size}"
+            f"sparsify.blocks: required 0 < kept <= 1, a whole size >= 1; came {kept!r}, {size!r}"
         )
 
     def one(scores: Array) -> Array:
@@ -232,6 +235,8 @@ def density(model: Module) -> float:
 
 def weights_of(model: Module, only: Collection[str] | None) -> dict[str, Parameter]:
     """All weights (see `is_weight`), or those that `only` names, by dotted path."""
+    if isinstance(only, str):
+        raise PruneError(f"sparsify: `only` is a list of names; came the text {only!r}")
     found = {name: p for name, p in model.named_parameters() if is_weight(p)}
     if only is not None and (unknown := sorted(set(only) - found.keys())):
         raise PruneError(f"sparsify: no weights {unknown}; there are {sorted(found)}")
