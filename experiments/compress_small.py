@@ -138,6 +138,7 @@ def run(config: Record, seed: int, context: Context) -> Record:
     outputs = [runs(x) for x, _ in sets.test.batches(SEEN, augment=shop.view)]
     record = {
         "group": config["group"],
+        "dataset": config["dataset"],
         "accuracy": metrics.accuracy(np.concatenate(outputs), sets.test.labels),
         "test_images": len(sets.test),
         "tuning_epochs": sum(s.get("epochs", 0) for s in config["recipe"]),

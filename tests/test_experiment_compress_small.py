@@ -292,7 +292,8 @@ def test_verdicts_follow_from_the_numbers() -> None:
     assert "REFUTED: 8 bits" in told and "3.00 times" in told
     assert "REFUTED: dense is faster" in told and "1.50 times" in told
     assert "HOLDS: compressing beats designing small" in told and "1.90 points below" in told
-    assert "met: int8 file" in told and "MISSED" not in told
+    assert "met: fixed-point int8" in told and "MISSED" not in told
+    assert "at 24" not in told
 
     cells["low rank, error 0.001"]["accuracy_mean"] = 0.899
     cells["weights 70 %, gradual"] |= {"accuracy_mean": 0.88, "ms_1_dense_kernels": 0.2}
@@ -302,8 +303,30 @@ def test_verdicts_follow_from_the_numbers() -> None:
     assert "HOLDS: pruning" in told and "REFUTED: no factorisation" in told
     assert "HOLDS: 8 bits" in told and "HOLDS: dense is faster" in told
     assert "REFUTED: compressing beats" in told
-    assert "MISSED: int8 file" in told and "MISSED: 70 %" in told
+    assert "MISSED: fixed-point int8" in told and "MISSED: 70 %" in told
+    cells["designed, width 0.5"]["tuning_epochs"] = 24
+    assert any("small, at 24 epochs from scratch against the 48" in told for told in verdicts())
     cells["designed, width 0.5"]["tuning_epochs"] = 1
     assert any(told.startswith("NOT JUDGED: compressing") for told in verdicts())
     del cells["dense"]["ms_1"]
     assert "No verdicts" in verdicts()[0]
+
+
+def test_aims_are_judged_on_one_recipe_and_as_they_are_shown() -> None:
+    cells = {
+        "dense": _cell("dense", 0.903, 0.3),
+        "int8, KL": _cell("bits", 0.903, 0.3, bytes=140_000),  # the file is too large
+        "int8, one scale a layer": _cell("bits", 0.89, 0.3, bytes=120_000),  # loses too much
+    }
+    told = "\n".join(findings.findings({"cells": cells}))
+    assert "MISSED: fixed-point int8" in told and "met:" not in told
+    cells["int8, four scales a layer"] = _cell("bits", 0.9, 0.3, bytes=130_000)
+    assert 100 * (0.903 - 0.9) > 0.3  # by what floats add
+    told = "\n".join(findings.findings({"cells": cells}))
+    assert "met: fixed-point int8: points lost 0.300, aim 0.3, in a file of 0.260" in told
+
+
+def test_nothing_is_judged_on_other_images() -> None:
+    cells = {"dense": _cell("dense", 0.9, 0.3, dataset="glyphs"), "int8, KL": _cell("bits", 0.9, 1)}
+    told = findings.findings({"cells": cells})
+    assert len(told) == 1 and "glyphs" in told[0]
