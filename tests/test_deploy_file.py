@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import tinynn as tn
 from tinynn import nn, storage
-from tinynn.compress import quantize
+from tinynn.compress import cluster, quantize
 from tinynn.deploy import file, separable
 from tinynn.errors import FileFormatError
 from tinynn.models import thesis
@@ -69,6 +69,27 @@ def additive_plan() -> tn.Plan:
         nn.AdditiveLinear(32, 4, rng=rng),
     )  # fmt: skip
     return tn.compile(model, images(1))
+
+
+def books_plan() -> tn.Plan:
+    """A code book for each channel."""
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(108, 32, rng=rng))
+    model = cluster.kmeans(model, 3, per="channel")
+    return tn.compile(model, images(1), choose="codebook")
+
+
+def bits_plan() -> tn.Plan:
+    """Integers of as many bits as a channel takes."""
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, rng=rng), nn.Conv2d(8, 16, 3, stride=2, rng=rng), nn.GlobalAvgPool2d(),
+        nn.Linear(16, 4, rng=rng),
+    )  # fmt: skip
+    for p in model.parameters():
+        if p.ndim > 1:  # channels of very different ranges
+            p.mutate()[...] *= np.geomspace(1, 30, p.shape[-1])
+    return tn.compile(quantize.low_bit(model, [images(4)]), images(1))
 
 
 def images(batch: int) -> np.ndarray:
@@ -129,10 +150,10 @@ def parts(plan: tn.Plan) -> tuple[bytes, dict[str, Any]]:
     return data, json.loads(text)
 
 
-def load(data: bytes, plan: Any, path: Path) -> tn.Plan:
+def load(data: bytes, plan: Any, path: Path, version: int = 3) -> tn.Plan:
     """A file with a right hash and whatever content."""
     text = plan if isinstance(plan, str) else json.dumps(plan)
-    storage.write_tensors(path, file.wrapped(text, data), {"format": "tinynn plan 2"})
+    storage.write_tensors(path, file.wrapped(text, data), {"format": f"tinynn plan {version}"})
     return tn.Plan.load(path)
 
 
@@ -158,6 +179,7 @@ HOSTILE = st.one_of(
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
 MADE = [small_plan(), byte_plan(), dynamic_plan(), additive_plan(), small_plan("separable")]
+MADE += [books_plan(), bits_plan()]
 PARTS = [parts(plan) for plan in MADE]
 PLACES = [(which, way) for which, (_, plan) in enumerate(PARTS) for way in paths_in(plan)]
 DATA, PLAN = PARTS[0]
@@ -216,6 +238,23 @@ def test_what_would_write_outside_its_memory_is_refused(tmp_path: Path) -> None:
         {"data": whole["data"].astype(np.float64)},
         {"more": whole["data"]},
     ):
-        storage.write_tensors(path, {**whole, **change}, {"format": "tinynn plan 2"})
+        storage.write_tensors(path, {**whole, **change}, {"format": "tinynn plan 3"})
         with pytest.raises(FileFormatError):
             tn.Plan.load(path)
+
+
+def test_forms_with_a_book_or_a_width_a_channel_are_in_the_fuzzed_plans() -> None:
+    forms = [{f for a in p["layers"] for f in _forms(a["arrays"])} for _, p in PARTS]
+    assert "books" in forms[5] and "columns" in forms[6]
+
+
+def _forms(arrays: Any) -> list[str]:
+    return [head["form"] for head in arrays.values()]
+
+
+def test_files_of_the_version_before_are_read(tmp_path: Path) -> None:
+    plan = load(DATA, PLAN, tmp_path / "net.plan", version=2)
+    assert np.array_equal(plan(images(3)), MADE[0](images(3)))
+    for version in (1, 4):
+        with pytest.raises(FileFormatError, match="tinynn plan 3"):
+            load(DATA, PLAN, tmp_path / "net.plan", version)

@@ -24,7 +24,8 @@ from tinynn.errors import FileFormatError, ShapeError
 from tinynn.op import Array, Shape
 from tinynn.storage import parse_json
 
-_FORMAT = "tinynn plan 2"
+_FORMAT = "tinynn plan 3"
+_READ = ("tinynn plan 2", _FORMAT)  # the older one has no form with a width or a book a channel
 _MOST_LAYERS = 10_000
 _MOST_TEXT = 1 << 26
 _DTYPES = ("float32", "float16", "uint8")
@@ -82,7 +83,7 @@ def from_file(arrays: Mapping[str, Array], metadata: Mapping[str, str], what: st
 
     `what` names the file in errors. Shapes are computed again, not believed.
     """
-    if metadata.get("format") != _FORMAT:
+    if metadata.get("format") not in _READ:
         raise FileFormatError(f"{what}: required a plan ({_FORMAT!r}); came {metadata.keys()}")
     streams = [arrays.get(name) for name in ("plan", "data")]
     if len(arrays) != 2 or any(a is None or a.dtype != np.uint8 or a.ndim != 1 for a in streams):

@@ -13,6 +13,7 @@ from kernels import prepack_compressed as compressed
 from kernels.geometry import Window
 from kernels.prepack_compressed import Carver
 from kernels.program import Program
+from tinynn.compress import cluster
 from tinynn.deploy.steps import Conv, Layer, Linear, Site
 from tinynn.op import Array
 
@@ -107,9 +108,13 @@ class _CodeBook(_Decoded):
     def _stream(self, layer: Layer) -> decoded.Stream | None:
         w = matrix(layer)
         book, codes = np.unique(w, return_inverse=True)
-        if not 2 <= len(book) <= min(256, w.size // 2) or np.isnan(book).any():
-            return None  # nothing is shared
-        return codebook.pack(codes.reshape(w.shape), book).source
+        if np.isnan(book).any():
+            return None
+        if 2 <= len(book) <= min(256, w.size // 2):
+            return codebook.pack(codes.reshape(w.shape), book).source
+        packed = cluster.pack(w)
+        shared = packed is not None and packed.book.ndim == 2  # of a channel
+        return packed.source if packed is not None and shared else None
 
 
 class _Half(_Decoded):
