@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 import tinynn as tn
 from tinynn import nn, storage
 from tinynn.compress import cluster, quantize
-from tinynn.deploy import file, separable
+from tinynn.deploy import deflate, file, separable
 from tinynn.errors import FileFormatError
 from tinynn.models import thesis
 
@@ -258,3 +259,87 @@ def test_files_of_the_version_before_are_read(tmp_path: Path) -> None:
     for version in (1, 4):
         with pytest.raises(FileFormatError, match="tinynn plan 3"):
             load(DATA, PLAN, tmp_path / "net.plan", version)
+
+
+# --- deflated -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", MADE, ids=range(len(MADE)))
+def test_a_deflated_file_holds_the_same(plan: tn.Plan, tmp_path: Path) -> None:
+    path = tmp_path / "net.plan"
+    plan.save(path, deflate=True)
+    assert path.stat().st_size == plan.deflated_nbytes
+    again = tn.Plan.load(path)
+    assert file.describe(again.network) == file.describe(plan.network)
+    assert np.array_equal(again(images(2)), plan(images(2)))
+
+
+def test_streams_of_uneven_numbers_get_smaller_than_their_bits() -> None:
+    rng = np.random.default_rng(0)
+    layer = nn.Linear(300, 100, rng=rng)
+    chances = 0.5 ** np.arange(1, 9)
+    values = np.linspace(-1, 1, 8)[rng.choice(8, 30_000, p=chances / chances.sum())]
+    layer.weight.mutate()[...] = values.reshape(300, 100)
+    plan = tn.compile(nn.Sequential(layer), np.ones((1, 300), np.float32), choose="dense")
+    entropy = -(chances / chances.sum() * np.log2(chances / chances.sum())).sum() * 30_000 / 8
+    rest = plan.nbytes - 30_000 * 3 / 8
+    assert plan.deflated_nbytes - rest < 1.05 * entropy < 0.8 * 30_000 * 3 / 8
+
+
+def test_deflated_files_that_are_cut_or_changed_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.plan"
+    MADE[0].save(path, deflate=True)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for at in rng.integers(0, len(whole), 100):
+        changed = bytearray(whole)
+        changed[at] ^= 1 << rng.integers(8)
+        path.write_bytes(bytes(changed))
+        with pytest.raises(FileFormatError):
+            tn.Plan.load(path)
+
+
+CODED = [deflate.deflate(data, plan) for data, plan in PARTS]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_hostile_streams_are_refused_or_harmless(data: st.DataObject) -> None:
+    which = data.draw(st.integers(0, len(CODED) - 1))
+    stored, table = CODED[which]
+    rows: Any = [list(row) for row in table]
+    if data.draw(st.booleans()):
+        way = data.draw(st.sampled_from(paths_in(rows)))
+        value = data.draw(HOSTILE)
+        if not way:
+            rows = value
+        elif len(way) == 1:
+            rows[way[0]] = value
+        else:
+            rows[way[0]][way[1]] = value
+    else:
+        changed = bytearray(stored)
+        changed[data.draw(st.integers(0, len(stored) - 1))] ^= data.draw(st.integers(0, 255))
+        stored = bytes(changed[: data.draw(st.sampled_from([len(stored), len(stored) // 2]))])
+    try:
+        back = deflate.inflate(stored, rows, "fuzzed")
+    except FileFormatError:
+        return
+    assert len(back) <= 32 * len(stored)
+
+
+def test_what_would_grow_is_refused_before_it_does() -> None:
+    bomb = zlib.compress(bytes(1 << 27), 9)
+    for size in (1, 1000, 1 << 27, 1 << 40):
+        tracemalloc.start()
+        with pytest.raises(FileFormatError):
+            deflate.inflate(bomb, [[size, 8, len(bomb)]], "a bomb")
+        with pytest.raises(FileFormatError):
+            deflate.inflate(bomb, [[size, 1, len(bomb)]], "a bomb")
+        assert tracemalloc.get_traced_memory()[1] < 100 * len(bomb)
+        tracemalloc.stop()
+    with pytest.raises(FileFormatError):
+        deflate.inflate(b"", [[1 << 40, 8, 0]], "nothing")
+    zeros = np.zeros((1000, 100), np.uint8).tobytes()  # which would take less than is allowed
+    stored, rows = deflate.deflate(zeros, {})
+    assert deflate.inflate(stored, [list(row) for row in rows], "zeros") == zeros

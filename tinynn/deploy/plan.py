@@ -151,6 +151,11 @@ class Plan:
         """The bytes of the file that `save` writes: the honest size of the network."""
         return len(storage.tensor_bytes(*file.to_file(self.network)))
 
+    @cached_property
+    def deflated_nbytes(self) -> int:
+        """The bytes of the file that `save` writes with `deflate`: for storage and downloads."""
+        return len(storage.tensor_bytes(*file.to_file(self.network, deflated=True)))
+
     def profile(self, x: npt.ArrayLike | Tensor, rounds: int = 20) -> Profile:
         """Time each layer on a batch: medians over `rounds` runs of the first chunk of images.
 
@@ -194,10 +199,13 @@ class Plan:
 
     # --- files ------------------------------------------------------------------------------------
 
-    def save(self, path: storage.PathLike) -> None:
+    def save(self, path: storage.PathLike, *, deflate: bool = False) -> None:
         """Write the plan as one file, atomically: weights as they are run, or as they are packed
-        from when it is loaded; a list of layers; a SHA-256 of everything."""
-        storage.write_tensors(path, *file.to_file(self.network))
+        from when it is loaded; a list of layers; a SHA-256 of everything.
+
+        `deflate` codes each stream of numbers by its entropy, too; what is loaded is the same.
+        """
+        storage.write_tensors(path, *file.to_file(self.network, deflate))
 
     @classmethod
     def load(cls, path: storage.PathLike, *, threads: int | None = None) -> Plan:
