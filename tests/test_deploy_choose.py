@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import tinynn as tn
 from tinynn import nn
 from tinynn.compress import cluster, quantize
+from tinynn.deploy import LayerTime
 from tinynn.deploy.encode import decode, encode, form_bytes
 from tinynn.deploy.kernels import KERNELS
 from tinynn.errors import ConfigError, FileFormatError
@@ -147,8 +148,31 @@ def test_kernels_for_single_layers() -> None:
         tn.compile(model, images(1), choose="fast")
     with pytest.raises(ConfigError, match="cannot"):
         tn.compile(network(), images(1), choose={path: "sparse"})
-    with pytest.raises(ConfigError, match="no layer"):
+    with pytest.raises(ConfigError, match=r"no layer.*at least 20% zeros"):
         tn.compile(network(), images(1), choose="sparse")
+    with pytest.raises(ConfigError, match=r"cannot run.*at most 256 values"):
+        tn.compile(network(), images(1), choose={path: "codebook"})
+    for wrong in (None, 3):
+        with pytest.raises(ConfigError, match=f"a mapping; came {wrong}"):
+            tn.compile(network(), images(1), choose=wrong)  # type: ignore[arg-type]
+
+
+def test_a_profile_counts_what_kernels_do() -> None:
+    rng = np.random.default_rng(0)
+    layer, x = nn.Linear(64, 32, bias=False, rng=rng), rng.normal(size=(4, 64)).astype(np.float32)
+    w = layer.weight.mutate()
+    moved = 4 * 4 * (64 + 32)
+
+    def row(kernel: str) -> LayerTime:
+        return tn.compile(nn.Sequential(layer), x, choose=kernel).profile(x, rounds=1).layers[0]
+
+    for kernel, nbytes in (("dense", 4 * 2048), ("float16", 2 * 2048)):
+        assert (row(kernel).macs, row(kernel).nbytes) == (4 * 2048, moved + nbytes)
+    w[...] = rng.normal(size=8).astype(np.float32)[rng.integers(0, 8, w.shape)]
+    assert (row("codebook").macs, row("codebook").nbytes) == (4 * 2048, moved + 2048 * 3 / 8)
+    w[:, 1:] = 0
+    assert (row("sparse").macs, row("sparse").nbytes) == (4 * 64, moved + 64 * 5)
+    assert (row("sparse4x1").macs, row("sparse4x1").nbytes) == (4 * 4 * 64, moved + 64 * 17)
 
 
 # --- forms ----------------------------------------------------------------------------------------
