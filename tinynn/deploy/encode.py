@@ -43,7 +43,8 @@ def encode(array: Array) -> Form:
         forms = [_plain(array)]
         if array.size >= _LEAST:
             tried += [_half(array), _upper(array), _coded(array)]
-            tried += [_books(array, n) for n in _channels(array.shape)]
+            best = min(form_bytes(f) for f in (*forms, *tried) if f is not None)
+            tried += [_books(array, n, best) for n in _channels(array.shape)]
     if array.size >= _LEAST:
         tried.append(_gaps(array))
     return min((*forms, *(f for f in tried if f is not None)), key=form_bytes)
@@ -139,11 +140,13 @@ def _columns(array: Array, channels: int) -> Form | None:
     return head, {**_pack_columns(codes, bits), "bits": arrays["codes"]}
 
 
-def _books(array: Array, channels: int) -> Form | None:
+def _books(array: Array, channels: int, most: int) -> Form | None:
+    """The form unless it takes as many bytes as another; finding the books takes the longest."""
     rows = _bits(array).reshape(-1, channels)
     line = np.sort(rows, axis=0)
     counts = 1 + np.count_nonzero(line[1:] != line[:-1], axis=0)
-    if counts.max() > _ENTRIES or 4 * counts.sum() >= array.nbytes:
+    held = 4 * counts.sum() + len(rows) * _width(counts).sum() / 8
+    if counts.max() > _ENTRIES or held >= most:
         return None
     found = [np.unique(column, return_inverse=True) for column in rows.T]
     codes = np.stack([inverse for _, inverse in found], axis=1)

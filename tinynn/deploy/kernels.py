@@ -150,6 +150,8 @@ class _CodeBook(_Decoded):
             return None
         if 2 <= len(book) <= min(256, w.size // 2):
             return codebook.pack(codes.reshape(w.shape), book).source
+        if len(np.unique(w[:, 0])) > min(256, len(w) - 1):
+            return None  # nothing is shared: the usual case, and quick to see
         packed = cluster.pack(w)
         shared = packed is not None and packed.book.ndim == 2  # of a channel
         return packed.source if packed is not None and shared else None
