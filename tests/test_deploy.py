@@ -353,10 +353,23 @@ def test_wrong_input_is_refused() -> None:
         tn.compile(net.astype(np.float64), np.ones((2, 4)))
     with pytest.raises(CompileError, match="batch"):
         tn.compile(net, np.ones((0, 4), np.float32))
-    with pytest.raises(ConfigError, match="threads"):
-        tn.compile(net, np.ones((2, 4), np.float32), threads=0)
+    for threads in (0, 1.5, True, "1"):
+        with pytest.raises(ConfigError, match="threads"):
+            tn.compile(net, np.ones((2, 4), np.float32), threads=threads)  # type: ignore[arg-type]
     assert plan(np.asfortranarray(np.ones((2, 4), np.float32))).shape == (2, 3)
     assert np.array_equal(plan(tn.Tensor(np.ones((2, 4), np.float32))), plan(np.ones((2, 4), "f")))
+
+
+def test_a_plan_is_evaluated_as_its_model() -> None:
+    rng = np.random.default_rng(0)
+    net = nn.Sequential(nn.Linear(4, 3, rng=rng)).eval()
+    data = [(images(rng, 5, 4), rng.integers(0, 3, 5)) for _ in range(2)]
+    plan = tn.compile(net, data[0][0])
+    outputs, labels = tn.predict(plan, data)
+    want, same = tn.predict(net, data)
+    assert close(outputs, want) and np.array_equal(labels, same)
+    loss = tn.evaluate(plan, data, tn.softmax_cross_entropy)
+    assert abs(loss - tn.evaluate(net, data, tn.softmax_cross_entropy)) < 1e-6
 
 
 def test_a_profile_has_every_layer_and_its_work() -> None:

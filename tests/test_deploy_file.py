@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 
 import tinynn as tn
 from tinynn import nn, storage
-from tinynn.compress import quantize
-from tinynn.deploy import file, separable
+from tinynn.compress import cluster, quantize
+from tinynn.deploy import deflate, file, separable
 from tinynn.errors import FileFormatError
 from tinynn.models import thesis
 
@@ -69,6 +70,27 @@ def additive_plan() -> tn.Plan:
         nn.AdditiveLinear(32, 4, rng=rng),
     )  # fmt: skip
     return tn.compile(model, images(1))
+
+
+def books_plan() -> tn.Plan:
+    """A code book for each channel."""
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(108, 32, rng=rng))
+    model = cluster.kmeans(model, 3, per="channel")
+    return tn.compile(model, images(1), choose="codebook")
+
+
+def bits_plan() -> tn.Plan:
+    """Integers of as many bits as a channel takes."""
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, rng=rng), nn.Conv2d(8, 16, 3, stride=2, rng=rng), nn.GlobalAvgPool2d(),
+        nn.Linear(16, 4, rng=rng),
+    )  # fmt: skip
+    for p in model.parameters():
+        if p.ndim > 1:  # channels of very different ranges
+            p.mutate()[...] *= np.geomspace(1, 30, p.shape[-1])
+    return tn.compile(quantize.low_bit(model, [images(4)]), images(1))
 
 
 def images(batch: int) -> np.ndarray:
@@ -129,10 +151,10 @@ def parts(plan: tn.Plan) -> tuple[bytes, dict[str, Any]]:
     return data, json.loads(text)
 
 
-def load(data: bytes, plan: Any, path: Path) -> tn.Plan:
+def load(data: bytes, plan: Any, path: Path, version: int = 3) -> tn.Plan:
     """A file with a right hash and whatever content."""
     text = plan if isinstance(plan, str) else json.dumps(plan)
-    storage.write_tensors(path, file.wrapped(text, data), {"format": "tinynn plan 2"})
+    storage.write_tensors(path, file.wrapped(text, data), {"format": f"tinynn plan {version}"})
     return tn.Plan.load(path)
 
 
@@ -158,6 +180,7 @@ HOSTILE = st.one_of(
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
 MADE = [small_plan(), byte_plan(), dynamic_plan(), additive_plan(), small_plan("separable")]
+MADE += [books_plan(), bits_plan()]
 PARTS = [parts(plan) for plan in MADE]
 PLACES = [(which, way) for which, (_, plan) in enumerate(PARTS) for way in paths_in(plan)]
 DATA, PLAN = PARTS[0]
@@ -216,6 +239,107 @@ def test_what_would_write_outside_its_memory_is_refused(tmp_path: Path) -> None:
         {"data": whole["data"].astype(np.float64)},
         {"more": whole["data"]},
     ):
-        storage.write_tensors(path, {**whole, **change}, {"format": "tinynn plan 2"})
+        storage.write_tensors(path, {**whole, **change}, {"format": "tinynn plan 3"})
         with pytest.raises(FileFormatError):
             tn.Plan.load(path)
+
+
+def test_forms_with_a_book_or_a_width_a_channel_are_in_the_fuzzed_plans() -> None:
+    forms = [{f for a in p["layers"] for f in _forms(a["arrays"])} for _, p in PARTS]
+    assert "books" in forms[5] and "columns" in forms[6]
+
+
+def _forms(arrays: Any) -> list[str]:
+    return [head["form"] for head in arrays.values()]
+
+
+def test_files_of_the_version_before_are_read(tmp_path: Path) -> None:
+    plan = load(DATA, PLAN, tmp_path / "net.plan", version=2)
+    assert np.array_equal(plan(images(3)), MADE[0](images(3)))
+    for version in (1, 4):
+        with pytest.raises(FileFormatError, match="tinynn plan 3"):
+            load(DATA, PLAN, tmp_path / "net.plan", version)
+
+
+# --- deflated -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", MADE, ids=range(len(MADE)))
+def test_a_deflated_file_holds_the_same(plan: tn.Plan, tmp_path: Path) -> None:
+    path = tmp_path / "net.plan"
+    plan.save(path, deflate=True)
+    assert path.stat().st_size == plan.deflated_nbytes
+    again = tn.Plan.load(path)
+    assert file.describe(again.network) == file.describe(plan.network)
+    assert np.array_equal(again(images(2)), plan(images(2)))
+
+
+def test_streams_of_uneven_numbers_get_smaller_than_their_bits() -> None:
+    rng = np.random.default_rng(0)
+    layer = nn.Linear(300, 100, rng=rng)
+    chances = 0.5 ** np.arange(1, 9)
+    values = np.linspace(-1, 1, 8)[rng.choice(8, 30_000, p=chances / chances.sum())]
+    layer.weight.mutate()[...] = values.reshape(300, 100)
+    plan = tn.compile(nn.Sequential(layer), np.ones((1, 300), np.float32), choose="dense")
+    entropy = -(chances / chances.sum() * np.log2(chances / chances.sum())).sum() * 30_000 / 8
+    rest = plan.nbytes - 30_000 * 3 / 8
+    assert plan.deflated_nbytes - rest < 1.05 * entropy < 0.8 * 30_000 * 3 / 8
+
+
+def test_deflated_files_that_are_cut_or_changed_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.plan"
+    MADE[0].save(path, deflate=True)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for at in rng.integers(0, len(whole), 100):
+        changed = bytearray(whole)
+        changed[at] ^= 1 << rng.integers(8)
+        path.write_bytes(bytes(changed))
+        with pytest.raises(FileFormatError):
+            tn.Plan.load(path)
+
+
+CODED = [deflate.deflate(data, plan) for data, plan in PARTS]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_hostile_streams_are_refused_or_harmless(data: st.DataObject) -> None:
+    which = data.draw(st.integers(0, len(CODED) - 1))
+    stored, table = CODED[which]
+    rows: Any = [list(row) for row in table]
+    if data.draw(st.booleans()):
+        way = data.draw(st.sampled_from(paths_in(rows)))
+        value = data.draw(HOSTILE)
+        if not way:
+            rows = value
+        elif len(way) == 1:
+            rows[way[0]] = value
+        else:
+            rows[way[0]][way[1]] = value
+    else:
+        changed = bytearray(stored)
+        changed[data.draw(st.integers(0, len(stored) - 1))] ^= data.draw(st.integers(0, 255))
+        stored = bytes(changed[: data.draw(st.sampled_from([len(stored), len(stored) // 2]))])
+    try:
+        back = deflate.inflate(stored, rows, "fuzzed")
+    except FileFormatError:
+        return
+    assert len(back) <= 32 * len(stored)
+
+
+def test_what_would_grow_is_refused_before_it_does() -> None:
+    bomb = zlib.compress(bytes(1 << 27), 9)
+    for size in (1, 1000, 1 << 27, 1 << 40):
+        tracemalloc.start()
+        with pytest.raises(FileFormatError):
+            deflate.inflate(bomb, [[size, 8, len(bomb)]], "a bomb")
+        with pytest.raises(FileFormatError):
+            deflate.inflate(bomb, [[size, 1, len(bomb)]], "a bomb")
+        assert tracemalloc.get_traced_memory()[1] < 100 * len(bomb)
+        tracemalloc.stop()
+    with pytest.raises(FileFormatError):
+        deflate.inflate(b"", [[1 << 40, 8, 0]], "nothing")
+    zeros = np.zeros((1000, 100), np.uint8).tobytes()  # which would take less than is allowed
+    stored, rows = deflate.deflate(zeros, {})
+    assert deflate.inflate(stored, [list(row) for row in rows], "zeros") == zeros

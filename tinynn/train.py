@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -26,6 +26,9 @@ from tinynn.optim import Optimizer, clip_gradients
 from tinynn.schedule import Constant, Schedule
 from tinynn.storage import PathLike, write_bytes
 from tinynn.tensor import Tensor, no_grad
+
+if TYPE_CHECKING:
+    from tinynn.deploy import Plan
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -181,12 +184,12 @@ def fit(
     return history
 
 
-def evaluate(model: Module, data: Iterable[Any], loss: Loss) -> float:
+def evaluate(model: Module | Plan, data: Iterable[Any], loss: Loss) -> float:
     """The mean loss over all rows of `data`, in eval mode and without a tape."""
     total, rows = 0.0, 0
-    with mode(model, False), no_grad():
+    with _in_use(model) as run:
         for x, y in data:
-            result = loss(model(Tensor(x, copy=False)), target(y))
+            result = loss(run(x), target(y))
             require_finite(result, "evaluate: the loss")
             total, rows = total + result.item() * len(x), rows + len(x)
     if not rows:
@@ -194,16 +197,27 @@ def evaluate(model: Module, data: Iterable[Any], loss: Loss) -> float:
     return total / rows
 
 
-def predict(model: Module, data: Iterable[Any]) -> tuple[Array, Array]:
+def predict(model: Module | Plan, data: Iterable[Any]) -> tuple[Array, Array]:
     """(outputs, targets) of all rows of `data`, in its order, in eval mode and without a tape."""
     outputs, targets = [], []
-    with mode(model, False), no_grad():
+    with _in_use(model) as run:
         for x, y in data:
-            outputs.append(model(Tensor(x, copy=False)).numpy())
+            outputs.append(run(x).numpy())
             targets.append(np.array(y))
     if not outputs:
         raise DataError("predict: required at least one batch; came none")
     return np.concatenate(outputs), np.concatenate(targets)
+
+
+@contextmanager
+def _in_use(model: Module | Plan) -> Iterator[Callable[[Any], Tensor]]:
+    """What gives the results for a batch, without a tape: of a model in eval mode."""
+    with no_grad():
+        if not isinstance(model, Module):
+            yield lambda x: Tensor(model(x), copy=False)
+            return
+        with mode(model, False):
+            yield lambda x: model(Tensor(x, copy=False))
 
 
 def _step(

@@ -40,6 +40,8 @@ def choose_kernels(network: Network, choice: str | Mapping[str, str], images: in
 
     Raises ConfigError for unknown names and paths, and where a named kernel can run no such layer.
     """
+    if not isinstance(choice, str | Mapping):
+        raise ConfigError(f"compile: required {MEASURE!r}, a kernel or a mapping; came {choice!r}")
     if choice == MEASURE:
         fastest = _replaced(network, [_fastest(network, layer, images) for layer in network.layers])
         return join(fastest, lambda a, b, both: _together(network, a, b, both, images))
@@ -51,7 +53,10 @@ def choose_kernels(network: Network, choice: str | Mapping[str, str], images: in
     if isinstance(choice, str):
         layers = [_forced(layer, choice) for layer in network.layers]
         if choice != "dense" and all(layer.kernel != choice for layer in layers):
-            raise ConfigError(f"compile: kernel {choice!r} can run no layer of this network")
+            raise ConfigError(
+                f"compile: kernel {choice!r} can run no layer of this network; it needs "
+                f"{KERNELS[choice].needs}"
+            )
         return _replaced(network, layers)
     unknown = choice.keys() - {layer.path for layer in network.layers}
     if unknown:
@@ -85,7 +90,10 @@ def _named(layer: Layer, choice: Mapping[str, str]) -> Layer:
     name = choice.get(layer.path, "dense")
     out = _forced(layer, name)
     if out.kernel != name and layer.arrays:
-        raise ConfigError(f"compile: kernel {name!r} cannot run {layer.path}: {layer.step}")
+        raise ConfigError(
+            f"compile: kernel {name!r} cannot run {layer.path}: {layer.step}; it needs "
+            f"{KERNELS[name].needs}"
+        )
     return out
 
 

@@ -5,6 +5,8 @@
     bfloat16  likewise, its bits as integers
     integers  int8 or int32, each less the smallest of them, in as few bits as the largest takes
     coded     numbers of entries in a book of at most 256 (Han, Mao & Dally 2016, section 3)
+    columns   int8, those of each channel in as few bits as the largest of them takes
+    books     as `coded`, with a book for each channel
     gaps      the numbers that are not 0, in one of the other forms, and how many zeros lie between
               them, b bits each; 2**b - 1 stands for so many zeros and no number (ibid., section 2)
 
@@ -35,10 +37,14 @@ def encode(array: Array) -> Form:
     tried: list[Form | None] = []
     if array.dtype != np.float32:
         forms = [_integers(array)]
+        if array.dtype == np.int8:
+            tried += [_columns(array, n) for n in _channels(array.shape)]
     else:
         forms = [_plain(array)]
         if array.size >= _LEAST:
             tried += [_half(array), _upper(array), _coded(array)]
+            best = min(form_bytes(f) for f in (*forms, *tried) if f is not None)
+            tried += [_books(array, n, best) for n in _channels(array.shape)]
     if array.size >= _LEAST:
         tried.append(_gaps(array))
     return min((*forms, *(f for f in tried if f is not None)), key=form_bytes)
@@ -49,11 +55,24 @@ def form_bytes(form: Form) -> int:
     return sum(a.nbytes for a in form[1].values())
 
 
+def number_bits(head: Mapping[str, Any], part: str) -> int:
+    """Of how many bits the numbers are that this part of a form consists of; 8 of unpacked ones."""
+    bits: Any = 8
+    if part[:5] == "codes":
+        bits = int(part[5:] or head.get("inner", head)["bits"])
+    elif part == "gaps":
+        bits = head["bits"]
+    elif part in ("bits", "counts"):
+        bits = head[part]["bits"]
+    return min(bits, 8)
+
+
 def decode(head: Any, arrays: Mapping[str, Array]) -> Array:
     """The array that `encode` described by `head` and `arrays`."""
     kinds: dict[str, Any] = {
         "float32": _from_plain, "float16": _from_half, "bfloat16": _from_upper,
         "integers": _from_integers, "coded": _from_coded, "gaps": _from_gaps,
+        "columns": _from_columns, "books": _from_books,
     }  # fmt: skip
     kind = head.get("form") if isinstance(head, dict) else None
     if not isinstance(kind, str) or kind not in kinds:
@@ -86,8 +105,8 @@ def _upper(array: Array) -> Form | None:
 
 def _integers(array: Array) -> Form:
     flat = array.reshape(-1).astype(np.int64)
-    low = int(flat.min(initial=0))
-    bits = max(1, int(flat.max(initial=0) - low).bit_length())
+    low, high = (int(flat.min()), int(flat.max())) if flat.size else (0, 0)
+    bits = max(1, (high - low).bit_length())
     head = {
         "form": "integers", "shape": list(array.shape), "dtype": array.dtype.name, "bits": bits,
         "low": low,
@@ -102,6 +121,52 @@ def _coded(array: Array) -> Form | None:
     bits = max(1, (len(book) - 1).bit_length())
     head = {"form": "coded", "shape": list(array.shape), "bits": bits}
     return head, {"codes": pack_bits(codes, bits), "book": book.view(np.float32)}
+
+
+def _channels(shape: Shape) -> list[int]:
+    """How many channels weights of this shape may have: of depthwise ones two axes count them."""
+    return [math.prod(shape[-n:]) for n in range(1, min(len(shape), 3))]
+
+
+def _columns(array: Array, channels: int) -> Form | None:
+    flat = array.reshape(-1, channels).astype(np.int64)
+    largest = np.maximum(flat.max(axis=0), -1 - flat.min(axis=0))
+    bits = (1 + np.frexp(largest)[1]).astype(np.int8)  # with one for the sign
+    if len(np.unique(bits)) < 2:
+        return None
+    codes = flat & ((1 << bits.astype(np.int64)) - 1)
+    head, arrays = _integers(bits)
+    head = {"form": "columns", "shape": list(array.shape), "bits": head}
+    return head, {**_pack_columns(codes, bits), "bits": arrays["codes"]}
+
+
+def _books(array: Array, channels: int, most: int) -> Form | None:
+    """The form unless it takes as many bytes as another; finding the books takes the longest."""
+    rows = _bits(array).reshape(-1, channels)
+    line = np.sort(rows, axis=0)
+    counts = 1 + np.count_nonzero(line[1:] != line[:-1], axis=0)
+    held = 4 * counts.sum() + len(rows) * _width(counts).sum() / 8
+    if counts.max() > _ENTRIES or held >= most:
+        return None
+    found = [np.unique(column, return_inverse=True) for column in rows.T]
+    codes = np.stack([inverse for _, inverse in found], axis=1)
+    head, arrays = _integers(counts.astype(np.int32))
+    head = {"form": "books", "shape": list(array.shape), "counts": head}
+    return head, {
+        **_pack_columns(codes, _width(counts)),
+        "counts": arrays["codes"],
+        "book": np.concatenate([book for book, _ in found]).view(np.float32),
+    }
+
+
+def _width(counts: Array) -> Array:
+    """The bits of codes below each count."""
+    return np.maximum(1, np.frexp(counts - 1)[1])
+
+
+def _pack_columns(codes: Array, bits: Array) -> dict[str, Array]:
+    """Codes (K, N) whose column n takes bits[n]: a stream for each number of bits."""
+    return {f"codes{b}": pack_bits(codes[:, bits == b], int(b)) for b in np.unique(bits)}
 
 
 def _gaps(array: Array) -> Form | None:
@@ -220,6 +285,45 @@ def _from_coded(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
     if codes.max() >= len(book):
         raise FileFormatError(f"required codes below {len(book)}; came {codes.max()}")
     return book[codes].reshape(shape)
+
+
+def _from_columns(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
+    shape, bits = _shape(head), _each(head, arrays, "bits", 8)
+    codes = _unpack_columns(arrays, bits, math.prod(shape))
+    signed = codes - ((codes >> (bits - 1)) << bits)
+    return signed.astype(np.int8).reshape(shape)
+
+
+def _from_books(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
+    shape, counts = _shape(head), _each(head, arrays, "counts", _ENTRIES)
+    book = _part(arrays, "book", np.float32, int(counts.sum()))
+    codes = _unpack_columns(arrays, _width(counts), math.prod(shape))
+    if (codes >= counts).any():
+        raise FileFormatError(f"required codes below {counts.max()}; came {codes.max()}")
+    return book[codes + (np.cumsum(counts) - counts)].reshape(shape)
+
+
+def _each(head: Mapping[str, Any], arrays: Mapping[str, Array], name: str, most: int) -> Array:
+    """A number from 1 to `most` for each channel, int64."""
+    inner = head.get(name)
+    if not isinstance(inner, dict) or inner.get("form") != "integers" or name not in arrays:
+        raise FileFormatError(f"required integers {name}; came {str(inner)[:80]}")
+    found = _from_integers(inner, {"codes": arrays[name]}).astype(np.int64).reshape(-1)
+    if found.min() < 1 or found.max() > most:
+        raise FileFormatError(f"required {name} from 1 to {most}; came {found.min()}")
+    return found
+
+
+def _unpack_columns(arrays: Mapping[str, Array], bits: Array, size: int) -> Array:
+    """What `_pack_columns` packed, int64 (K, N)."""
+    rows, left = divmod(size, len(bits))
+    if left or not rows:
+        raise FileFormatError(f"required {size} weights of {len(bits)} channels")
+    codes = np.empty((rows, len(bits)), np.int64)
+    for b, times in zip(*np.unique(bits, return_counts=True), strict=True):
+        stream = _packed(arrays, f"codes{b}", int(b), rows * int(times))
+        codes[:, bits == b] = stream.reshape(rows, times)
+    return codes
 
 
 def _from_gaps(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:

@@ -2,6 +2,7 @@
 
 Read without trust. A file holds two arrays of bytes, so that its header does not grow with the
 network: "plan", and "data", in which each part of an array has its place, [dtype, offset, count].
+With a third, "streams", data was deflated: see `tinynn.deploy.deflate`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from tinynn.deploy.deflate import deflate, inflate
 from tinynn.deploy.encode import decode, encode
 from tinynn.deploy.kernels import KERNELS
 from tinynn.deploy.layout import Network, network
@@ -24,7 +26,8 @@ from tinynn.errors import FileFormatError, ShapeError
 from tinynn.op import Array, Shape
 from tinynn.storage import parse_json
 
-_FORMAT = "tinynn plan 2"
+_FORMAT = "tinynn plan 3"
+_READ = ("tinynn plan 2", _FORMAT)  # the older one has no form with a width or a book a channel
 _MOST_LAYERS = 10_000
 _MOST_TEXT = 1 << 26
 _DTYPES = ("float32", "float16", "uint8")
@@ -32,16 +35,22 @@ _DTYPES = ("float32", "float16", "uint8")
 Stored = dict[str, Array]
 
 
-def to_file(net: Network) -> tuple[Stored, dict[str, str]]:
+def to_file(net: Network, deflated: bool = False) -> tuple[Stored, dict[str, str]]:
     """The arrays and the metadata of the file that `storage.write_tensors` is to write."""
     text, data = describe(net)
-    return wrapped(text, data), {"format": _FORMAT}
+    rows = None
+    if deflated:
+        data, rows = deflate(data, json.loads(text))
+    return wrapped(text, data, rows), {"format": _FORMAT}
 
 
-def wrapped(text: str, data: bytes) -> Stored:
-    """The arrays of a file with this description and these bytes."""
-    packed = zlib.compress(text.encode(), 9)
-    return {"plan": np.frombuffer(packed, np.uint8), "data": np.frombuffer(data, np.uint8)}
+def wrapped(text: str, data: bytes, streams: Any = None) -> Stored:
+    """The arrays of a file with this description, these bytes, and how they were deflated."""
+    parts = {"plan": zlib.compress(text.encode(), 9), "data": data}
+    if streams is not None:
+        rows = json.dumps(streams, separators=(",", ":"))
+        parts["streams"] = zlib.compress(rows.encode(), 9)
+    return {name: np.frombuffer(part, np.uint8) for name, part in parts.items()}
 
 
 def describe(net: Network) -> tuple[str, bytes]:
@@ -82,12 +91,15 @@ def from_file(arrays: Mapping[str, Array], metadata: Mapping[str, str], what: st
 
     `what` names the file in errors. Shapes are computed again, not believed.
     """
-    if metadata.get("format") != _FORMAT:
+    if metadata.get("format") not in _READ:
         raise FileFormatError(f"{what}: required a plan ({_FORMAT!r}); came {metadata.keys()}")
-    streams = [arrays.get(name) for name in ("plan", "data")]
-    if len(arrays) != 2 or any(a is None or a.dtype != np.uint8 or a.ndim != 1 for a in streams):
+    fits = {"plan", "data"} <= arrays.keys() <= {"plan", "data", "streams"}
+    if not fits or any(a.dtype != np.uint8 or a.ndim != 1 for a in arrays.values()):
         raise FileFormatError(f"{what}: required bytes plan and data; came {list(arrays)}")
-    text, data = (a.tobytes() for a in streams if a is not None)
+    text, data = (arrays[name].tobytes() for name in ("plan", "data"))
+    if "streams" in arrays:
+        rows = parse_json(_unpacked(arrays["streams"].tobytes(), what), what)
+        data = inflate(data, rows, what)
     try:
         plan = parse_json(_unpacked(text, what), what)
         return _Reader(data, what).network(plan)

@@ -6,6 +6,8 @@ others run layers whose weights have what they live on: zeros, few different val
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from kernels import codebook, decoded, half, sparse
@@ -13,20 +15,35 @@ from kernels import prepack_compressed as compressed
 from kernels.geometry import Window
 from kernels.prepack_compressed import Carver
 from kernels.program import Program
+from tinynn.compress import cluster
 from tinynn.deploy.steps import Conv, Layer, Linear, Site
 from tinynn.op import Array
 
 _ZEROS = 0.2  # the least share of zeros that sparse kernels are tried for
 
 
+class Stored(NamedTuple):
+    """A layer's weights as its kernel stores them."""
+
+    share: float  #: of the weights, that is multiplied
+    nbytes: float
+    loads: float  #: bytes of activations that indices load for each multiply-add
+
+
 class Kernel:
     """The dense kernels, which run every step, and the base of the others."""
 
     name = "dense"
+    #: what it can run, for errors
+    needs = "a layer"
 
     def applies(self, layer: Layer) -> bool:
         """Whether it can run the layer."""
         return True
+
+    def stored(self, layer: Layer) -> Stored:
+        """What it reads of a layer that has weights."""
+        return Stored(1.0, float(layer.arrays["weight"].nbytes), 0.0)
 
     def scratch(self, layer: Layer, site: Site) -> int:
         """Bytes that it needs while it runs; `site` has no scratch yet."""
@@ -63,10 +80,22 @@ class _Sparse(_Compressed):
 
     def __init__(self, name: str, block: int) -> None:
         self.name, self._block = name, block
+        self.needs = (
+            f"a linear layer or a convolution in float32 with at least {_ZEROS:.0%} zeros among "
+            "its weights, all of them finite"
+        )
 
     def _fits(self, layer: Layer) -> bool:
         w = layer.arrays["weight"]
         return bool(np.isfinite(w).all() and np.count_nonzero(w) <= (1 - _ZEROS) * w.size)
+
+    def stored(self, layer: Layer) -> Stored:
+        w = layer.arrays["weight"]
+        rows = w.reshape(-1, w.shape[-1]) != 0
+        starts = np.arange(0, rows.shape[1], self._block)
+        blocks = int(np.count_nonzero(np.add.reduceat(rows, starts, axis=1)))
+        share = min(1.0, self._block * blocks / w.size)
+        return Stored(share, (4.0 * self._block + 1) * blocks, 4.0 / self._block)
 
     def _run(self, layer: Layer, site: Site, program: Program | None, carve: Carver) -> None:
         step, w, x, y = layer.step, layer.arrays["weight"], site.inputs[0], site.output
@@ -86,6 +115,12 @@ class _Decoded(_Compressed):
     def _fits(self, layer: Layer) -> bool:
         return window(layer) == Window((1, 1)) and self._stream(layer) is not None
 
+    def stored(self, layer: Layer) -> Stored:
+        stream, w = self._stream(layer), layer.arrays["weight"]
+        assert stream is not None
+        books = stream.book.nbytes * w.shape[-1] / stream.columns if stream.kind < 0 else 0.0
+        return Stored(1.0, len(stream.data) - decoded.SLACK + books, 0.0)
+
     def _stream(self, layer: Layer) -> decoded.Stream | None:
         raise NotImplementedError
 
@@ -103,17 +138,28 @@ class _Decoded(_Compressed):
 
 class _CodeBook(_Decoded):
     name = "codebook"
+    needs = (
+        "a linear layer or a 1x1 convolution in float32 with at most 256 values, for the layer or "
+        "for each channel, that weights share"
+    )
 
     def _stream(self, layer: Layer) -> decoded.Stream | None:
         w = matrix(layer)
         book, codes = np.unique(w, return_inverse=True)
-        if not 2 <= len(book) <= min(256, w.size // 2) or np.isnan(book).any():
-            return None  # nothing is shared
-        return codebook.pack(codes.reshape(w.shape), book).source
+        if np.isnan(book).any():
+            return None
+        if 2 <= len(book) <= min(256, w.size // 2):
+            return codebook.pack(codes.reshape(w.shape), book).source
+        if len(np.unique(w[:, 0])) > min(256, len(w) - 1):
+            return None  # nothing is shared: the usual case, and quick to see
+        packed = cluster.pack(w)
+        shared = packed is not None and packed.book.ndim == 2  # of a channel
+        return packed.source if packed is not None and shared else None
 
 
 class _Half(_Decoded):
     name = "float16"
+    needs = "a linear layer or a 1x1 convolution in float32 with weights that float16 holds"
 
     def _stream(self, layer: Layer) -> decoded.Stream | None:
         w = matrix(layer)

@@ -19,6 +19,7 @@ from kernels._jit import get_threads, max_threads, set_threads
 from kernels.prepack import Packed
 from tinynn import storage
 from tinynn.deploy import file
+from tinynn.deploy.kernels import KERNELS
 from tinynn.deploy.layout import Laid, Network, arena_bytes, lay_out
 from tinynn.errors import ConfigError, DTypeError, ShapeError
 from tinynn.op import Array, Shape
@@ -40,8 +41,12 @@ class Plan:
     """
 
     def __init__(self, network: Network, threads: int | None = None) -> None:
-        if threads is not None and not 1 <= threads <= max_threads():
-            raise ConfigError(f"Plan: required threads from 1 to {max_threads()}; came {threads}")
+        whole = isinstance(threads, int | np.integer) and not isinstance(threads, bool)
+        if threads is not None and not (whole and 1 <= threads <= max_threads()):
+            raise ConfigError(
+                f"Plan: required threads from 1 to {max_threads()}, a whole number; came "
+                f"{threads!r}"
+            )
         self.network = network
         self.threads = threads
         self._packed = [Packed() for _ in network.layers]
@@ -154,11 +159,17 @@ class Plan:
         """The bytes of the file that `save` writes: the honest size of the network."""
         return len(storage.tensor_bytes(*file.to_file(self.network)))
 
+    @cached_property
+    def deflated_nbytes(self) -> int:
+        """The bytes of the file that `save` writes with `deflate`: for storage and downloads."""
+        return len(storage.tensor_bytes(*file.to_file(self.network, deflated=True)))
+
     def profile(self, x: npt.ArrayLike | Tensor, rounds: int = 20) -> Profile:
         """Time each layer on a batch: medians over `rounds` runs of the first chunk of images.
 
         Seconds are scaled to the whole batch; chunks on other threads are not counted twice.
-        Layers that threads share are timed on one.
+        Layers that threads share are timed on one. Multiply-adds are those that the layer's kernel
+        carries out, bytes those that it reads: zeros that are not stored are not counted.
         """
         x = self._batch(x)
         if not len(x) or rounds < 1:
@@ -173,7 +184,10 @@ class Plan:
             shapes = [*self.network.inputs(layer), self.network.shapes[layer.output]]
             sizes = [self.network.dtypes[v].itemsize for v in (*layer.inputs, layer.output)]
             moved = len(x) * sum(n * math.prod(s) for n, s in zip(sizes, shapes, strict=True))
-            moved += sum(a.nbytes for a in layer.arrays.values())
+            moved += sum(a.nbytes for key, a in layer.arrays.items() if key != "weight")
+            if "weight" in layer.arrays:
+                stored = KERNELS[layer.kernel].stored(layer)
+                macs, moved = round(macs * stored.share), moved + round(stored.nbytes)
             out = shapes[-1]
             name = layer.path or "-"
             kind = layer.step.kind
@@ -197,10 +211,13 @@ class Plan:
 
     # --- files ------------------------------------------------------------------------------------
 
-    def save(self, path: storage.PathLike) -> None:
+    def save(self, path: storage.PathLike, *, deflate: bool = False) -> None:
         """Write the plan as one file, atomically: weights as they are run, or as they are packed
-        from when it is loaded; a list of layers; a SHA-256 of everything."""
-        storage.write_tensors(path, *file.to_file(self.network))
+        from when it is loaded; a list of layers; a SHA-256 of everything.
+
+        `deflate` codes each stream of numbers by its entropy, too; what is loaded is the same.
+        """
+        storage.write_tensors(path, *file.to_file(self.network, deflate))
 
     @classmethod
     def load(cls, path: storage.PathLike, *, threads: int | None = None) -> Plan:
@@ -255,8 +272,8 @@ class LayerTime:
     kernel: str
     output: Shape  #: without the batch
     seconds: float
-    macs: int  #: multiply-adds
-    nbytes: int  #: of operands, result and weights
+    macs: int  #: multiply-adds that are carried out
+    nbytes: int  #: of operands, result and weights, as they are stored
 
     @property
     def gflops(self) -> float:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from kernels.timing import compare
 from tinynn import nn, roofline
 from tinynn.compress import cluster, factorize, fold_batchnorm, quantize, sparsify
 from tinynn.deploy import Plan, compile
+from tinynn.deploy.kernels import KERNELS, Stored
 from tinynn.deploy.steps import Conv, Linear
 from tinynn.deploy.steps import Layer as Step
 from tinynn.environment import cpu_features
@@ -287,27 +287,7 @@ def _has_kernel(name: str, steps: list[Step]) -> bool:
     return all(step.kernel == TECHNIQUES[name].kernel for step in steps)
 
 
-def _stored(step: Step) -> tuple[float, float, float]:
-    """Of a layer as its kernel stores it: the share of weights that are multiplied, the bytes of
-    all, and the bytes of activations that indices load for each multiply-add."""
-    weight = step.arrays.get("weight")
-    if weight is None:
-        return 1.0, float(sum(a.nbytes for a in step.arrays.values())), 0.0
-    if step.kernel == "sparse":
-        stored = int(np.count_nonzero(weight))
-        return stored / weight.size, 5.0 * stored, 4.0
-    if step.kernel == "sparse4x1":
-        blocks = _blocks(weight)
-        return min(1.0, 4 * blocks / weight.size), 17.0 * blocks, 1.0
-    if step.kernel == "codebook":
-        bits = max(1, (len(np.unique(weight)) - 1).bit_length())
-        return 1.0, weight.size * bits / 8, 0.0
-    each = 2.0 if step.kernel == "float16" else float(weight.itemsize)
-    return 1.0, weight.size * each, 0.0
-
-
-def _blocks(weight: Array) -> int:
-    """How many blocks of four neighbouring outputs have a weight that is not 0."""
-    rows: Any = weight.reshape(-1, weight.shape[-1])
-    starts = np.arange(0, rows.shape[1], 4)
-    return int(np.count_nonzero(np.add.reduceat(rows != 0, starts, axis=1)))
+def _stored(step: Step) -> Stored:
+    if "weight" not in step.arrays:
+        return Stored(1.0, float(sum(a.nbytes for a in step.arrays.values())), 0.0)
+    return KERNELS[step.kernel].stored(step)
