@@ -54,8 +54,8 @@ def test_training_lowers_the_loss_and_moves_every_value_in_use() -> None:
     assert set(before) == {"0.values", "0.bias", "2.values", "3.values", "3.bias", "5.values",
                            "5.bias"}  # fmt: skip
     history = tn.fit(
-        model, tn.Batches(images(), y, size=4, shuffle=False), loss=tn.softmax_cross_entropy, epochs=30,
-        optimizer=tn.SGD(model.parameters(), lr=0.05, momentum=0.9),
+        model, tn.Batches(images(), y, size=4, shuffle=False), loss=tn.softmax_cross_entropy,
+        epochs=30, optimizer=tn.SGD(model.parameters(), lr=0.05, momentum=0.9),
     )  # fmt: skip
     assert history.losses[-1] < 0.3 * history.losses[0]
     moved = [np.mean(p.data != before[name]) for name, p in model.named_parameters()]

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tinynn.compress.exchange import require_weights
 from tinynn.compress.integers import keeps_grid
 from tinynn.errors import ConfigError
 from tinynn.graph import Graph, Node, Value
@@ -35,8 +36,9 @@ class Place:
 def weighted(graph: Graph, model: Module) -> dict[str, Node]:
     """The first op of each layer with weights, by the layer's path, as the network computes them.
 
-    Raises ConfigError naming an op whose weights no layer with `using` holds.
+    Raises ConfigError naming an op whose weights no layer with `using` holds, or hashed layers.
     """
+    require_weights(model, "quantize")
     modules = dict(model.named_modules())
     found: dict[str, Node] = {}
     for node in graph.nodes:

@@ -41,7 +41,7 @@ import numpy.typing as npt
 
 from tinynn.compress import calibrate
 from tinynn.compress.batchnorm import by_channel, fold_batchnorm
-from tinynn.compress.exchange import swap
+from tinynn.compress.exchange import require_weights, swap
 from tinynn.compress.places import places, weighted
 from tinynn.errors import ConfigError, DataError
 from tinynn.graph import Node, Value, trace
@@ -103,9 +103,10 @@ def float16(model: Module) -> Module:
     """A new model whose layers have their weights and biases rounded to float16.
 
     Nothing but the storage changes: it computes in float32. Raises ConfigError for a weight beyond
-    float16's range.
+    float16's range, and for hashed layers.
     """
     out = floating(model)
+    require_weights(out, "quantize.float16")
     slots: dict[Module, Slots] = {}
     for path, module in out.named_modules():
         if not hasattr(module, "using"):
