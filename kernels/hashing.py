@@ -32,10 +32,15 @@ _TABLES = 32  # of which one for each layer in use is wanted again and again
 Shape = tuple[int, ...]
 
 
-def weights(values: np.ndarray, shape: Shape, buckets: Shape, seed: int) -> np.ndarray:
-    """v (sum of buckets,) -> w of `shape`, (KH, KW, C, N) or (K, N)."""
-    both = np.concatenate([values, -values])
-    found = both[_table(shape, buckets, seed)]
+def weights(
+    values: np.ndarray, shape: Shape, buckets: Shape, seed: int, *, keep: bool = True
+) -> np.ndarray:
+    """v (sum of buckets,) -> w of `shape`, (KH, KW, C, N) or (K, N).
+
+    Where each value goes is kept for the next time, unless there will be none: `keep`.
+    """
+    both, table = np.concatenate([values, -values]), _table if keep else _table.__wrapped__
+    found = both[table(shape, buckets, seed)]
     if len(found) > 1:
         found = pointwise.matmul(_basis(shape[0], shape[1], values.dtype).T, found)
     return found.reshape(shape)
