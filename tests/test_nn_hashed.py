@@ -74,6 +74,7 @@ def test_they_count_what_they_store() -> None:
     values = [m.values.size for m in layers]
     assert values == [54, 12, 10, 18]
     found = tn.count(model, images())
+    assert found.weights == sum(layer.weights for layer in found.layers) == sum(values)
     assert found.parameters == found.trainable == sum(values) + 4 + 4 + 3 == model.size()
     assert found.weight_bytes == 4 * found.parameters
     assert found.macs == 4 * (9 * 9 * 12 + 6 * 2 * 20 + 6 * 20 + 24 * 3)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from tinynn.graph import Graph, Node, Value, trace
 from tinynn.nn.module import Module
 from tinynn.op import Shape
+from tinynn.ops.hashing import Hashed
 from tinynn.tensor import Tensor
 
 
@@ -26,7 +27,8 @@ class LayerCount:
     kind: str  #: the module's class
     ops: list[str] = field(default_factory=list)
     output: Shape = ()
-    weights: int = 0  #: numbers in parameters of two axes and more that no layer before has used
+    #: numbers that no layer before has used in parameters of two axes and more, or hashed ones
+    weights: int = 0
     parameters: int = 0  #: numbers in all parameters, likewise
     buffers: int = 0  #: numbers in buffers (running statistics), likewise
     weight_bytes: int = 0  #: of parameters and buffers
@@ -44,7 +46,9 @@ class Count:
     """The costs of a model on a batch of the example's size; `print` shows them as a table."""
 
     layers: tuple[LayerCount, ...]
-    weights: int  #: numbers in parameters of two axes and more: no biases, no batch-norm affine
+    #: numbers in parameters of two axes and more, or that weights are made of by hashing: no
+    #: biases, no batch-norm affine
+    weights: int
     trainable: int  #: numbers in parameters that are trained
     parameters: int  #: numbers in all parameters
     buffers: int  #: numbers in buffers: the running statistics of batch normalisation
@@ -87,10 +91,11 @@ def count(model: Module, example: npt.ArrayLike | Tensor) -> Count:
     graph = trace(model, example)
     layers = _layers(graph)
     parameters = model.parameters()
+    hashed = _hashed(graph)
     buffers = list({id(b): b for _, b in model.named_buffers()}.values())
     return Count(
         tuple(layers),
-        weights=sum(p.size for p in parameters if p.ndim > 1),
+        weights=sum(p.size for name, p in model.named_parameters() if p.ndim > 1 or name in hashed),
         trainable=sum(p.size for p in parameters if p.requires_grad),
         parameters=sum(p.size for p in parameters),
         buffers=sum(b.size for b in buffers),
@@ -125,7 +130,7 @@ def peak(graph: Graph) -> int:
 
 
 def _layers(graph: Graph) -> list[LayerCount]:
-    memory = _storage(graph)
+    memory, hashed = _storage(graph), _hashed(graph)
     seen: set[int] = set()
     layers: list[LayerCount] = []
     for node in graph.nodes:
@@ -141,7 +146,7 @@ def _layers(graph: Graph) -> list[LayerCount]:
             layer.weight_bytes += v.nbytes
             if v.kind == "parameter":
                 layer.parameters += v.size
-                layer.weights += v.size if len(v.shape) > 1 else 0
+                layer.weights += v.size if len(v.shape) > 1 or v.name in hashed else 0
             else:
                 layer.buffers += v.size
     return layers
@@ -152,6 +157,11 @@ def _new(values: Iterable[Value], seen: set[int]) -> list[Value]:
     found = [v for v in values if v.is_named and v.index not in seen]
     seen.update(v.index for v in found)
     return found
+
+
+def _hashed(graph: Graph) -> set[str]:
+    """The names of parameters that weights are made of by hashing."""
+    return {n.inputs[0].name for n in graph.nodes if isinstance(n.op, Hashed)}
 
 
 def _storage(graph: Graph) -> dict[int, int]:
