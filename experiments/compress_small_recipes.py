@@ -88,6 +88,7 @@ def published(tuning: float, epochs: float) -> dict[str, dict[str, Recipe]]:
             "16 values a channel": [FOLD, do("k-means", entries=16, per="channel")],
             "8 values": [FOLD, do("k-means", entries=8)],
             "8 values, tuned": [FOLD, do("k-means", entries=8), tune(0.25, SHARED_RATE)],
+            "hashed to a half, tuned": [do("hashed", share=0.5), tune()],
         },
         "bits": _bits(),
         "combined": _combined(),

@@ -27,6 +27,7 @@ from tinynn.compress import (
     cluster,
     factorize,
     fold_batchnorm,
+    hashing,
     importance,
     merge,
     prune,
@@ -253,6 +254,11 @@ def _round(shop: Workshop, model: Module, step: Record) -> Module:
 @step("k-means")
 def _kmeans(shop: Workshop, model: Module, step: Record) -> Module:
     return cluster.kmeans(model, step["entries"], per=step.get("per", "layer"))
+
+
+@step("hashed")
+def _hashed(shop: Workshop, model: Module, step: Record) -> Module:
+    return hashing.hashed(model, step["share"])
 
 
 @step("float16")

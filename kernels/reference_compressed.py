@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import struct
 
 import numpy as np
@@ -142,3 +143,34 @@ def additive_conv2d_grad(
                     gx[b, iy, ix, c] += grad[b, oy, ox, n] * np.sign(w[ky, kx, c, n])
                     gw[ky, kx, c, n] += grad[b, oy, ox, n] * np.sign(x[b, iy, ix, c])
     return gx if needs[0] else None, gw if needs[1] else None
+
+
+def hashed(
+    values: np.ndarray, shape: tuple[int, ...], buckets: tuple[int, ...], seed: int
+) -> np.ndarray:
+    """v (sum of buckets,) -> w (KH, KW, C, N) or (K, N): see `kernels.hashing`."""
+    # w[ky, kx, c, n] = sum_j1 sum_j2 D[j1, ky] D'[j2, kx] F[j1, j2, c, n]
+    full = shape if len(shape) == 4 else (1, 1, *shape)
+    F, w = np.zeros(full, values.dtype), np.zeros(full, values.dtype)
+    for i, place in enumerate(np.ndindex(*full)):
+        band = place[0] + place[1]
+        bucket = sum(buckets[:band]) + splitmix64(seed, 2 * i) % buckets[band]
+        F[place] = -values[bucket] if splitmix64(seed, 2 * i + 1) >> 63 else values[bucket]
+    for ky, kx, c, n in np.ndindex(*full):
+        for j1, j2 in np.ndindex(*full[:2]):
+            factor = dct(j1, ky, full[0]) * dct(j2, kx, full[1])
+            w[ky, kx, c, n] += factor * F[j1, j2, c, n]
+    return w.reshape(shape)
+
+
+def splitmix64(seed: int, place: int) -> int:
+    """The number at this place of the generator's sequence."""
+    z = (seed + (place + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
+
+def dct(j: int, k: int, size: int) -> float:
+    """The element of the orthonormal DCT-II."""
+    return math.sqrt((2 if j else 1) / size) * math.cos(math.pi * j * (k + 0.5) / size)

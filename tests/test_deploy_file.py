@@ -93,6 +93,16 @@ def bits_plan() -> tn.Plan:
     return tn.compile(quantize.low_bit(model, [images(4)]), images(1))
 
 
+def hashed_plan() -> tn.Plan:
+    """Weights that are made of few values."""
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(
+        nn.HashedConv2d(3, 8, 3, share=0.3, rng=rng), nn.BatchNorm(8), nn.MaxPool2d(6),
+        nn.Flatten(), nn.HashedLinear(32, 4, share=0.3, rng=rng),
+    )  # fmt: skip
+    return tn.compile(model, images(1))
+
+
 def images(batch: int) -> np.ndarray:
     return np.random.default_rng(1).normal(size=(batch, *SHAPE)).astype(np.float32)
 
@@ -179,8 +189,10 @@ HOSTILE = st.one_of(
     st.lists(st.integers(-1, 20), max_size=4),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
-MADE = [small_plan(), byte_plan(), dynamic_plan(), additive_plan(), small_plan("separable")]
-MADE += [books_plan(), bits_plan()]
+MADE = [
+    small_plan(), byte_plan(), dynamic_plan(), additive_plan(), books_plan(), bits_plan(),
+    hashed_plan(), small_plan("separable"),
+]  # fmt: skip
 PARTS = [parts(plan) for plan in MADE]
 PLACES = [(which, way) for which, (_, plan) in enumerate(PARTS) for way in paths_in(plan)]
 DATA, PLAN = PARTS[0]

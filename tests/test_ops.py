@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import fft
 
 from kernels.geometry import window
+from kernels.reference_compressed import splitmix64
 from tinynn import ops
 from tinynn.errors import DataError, DTypeError, ShapeError, TinynnError
 from tinynn.gradcheck import GradientError, gradcheck
@@ -121,6 +123,20 @@ def torch_average(T: Any, op: Any, x: Any) -> Any:
     return total / torch_pool(T, op, T.ones_like(x), T.nn.functional.avg_pool2d, 0.0)
 
 
+def torch_hashed(T: Any, op: Any, values: Any) -> Any:
+    """The coefficients where another implementation of the hash puts them, and their DCT."""
+    found = []
+    for i, place in enumerate(np.ndindex(*op.shape)):
+        band = sum(place[:-2])
+        bucket = sum(op.buckets[:band]) + splitmix64(op.seed, 2 * i) % op.buckets[band]
+        found.append(values[bucket] * (-1) ** (splitmix64(op.seed, 2 * i + 1) >> 63))
+    out = T.stack(found).reshape(op.shape)
+    if len(op.shape) == 2:
+        return out
+    rows, columns = (T.tensor(fft.dct(np.eye(n), norm="ortho", axis=0)) for n in op.shape[:2])
+    return T.einsum("ja,kb,jkcn->abcn", rows, columns, out)
+
+
 TORCH: dict[str, Any] = {
     "add": lambda T, op, a, b: a + b,
     "sub": lambda T, op, a, b: a - b,
@@ -174,6 +190,7 @@ TORCH: dict[str, Any] = {
     "scale_shift": lambda T, op, x, a, b: _rectified(op, x * a + b),
     "fake_quantize": lambda T, op, x, s, a, b: s * T.minimum(T.maximum((x / s).round(), a), b),
     "round_to_half": lambda T, op, x: x.clamp(-65504, 65504).half().to(x.dtype),
+    "hashed": torch_hashed,
     "take": lambda T, op, x, i: x[i],
     "softmax": lambda T, op, x: x.softmax(op.axis),
     "log_softmax": lambda T, op, x: x.log_softmax(op.axis),

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from tinynn.graph import Graph, Node, Value, trace
 from tinynn.nn.module import Module, is_weight
 from tinynn.op import Shape
+from tinynn.ops.hashing import Hashed
 from tinynn.tensor import Tensor
 
 
@@ -26,7 +27,8 @@ class LayerCount:
     kind: str  #: the module's class
     ops: list[str] = field(default_factory=list)
     output: Shape = ()
-    weights: int = 0  #: numbers in weights (see `is_weight`) that no layer before has used
+    #: numbers in weights (see `is_weight`), or values of hashed ones, that no layer before has used
+    weights: int = 0
     parameters: int = 0  #: numbers in all parameters, likewise
     buffers: int = 0  #: numbers in buffers (running statistics), likewise
     weight_bytes: int = 0  #: of parameters and buffers
@@ -44,7 +46,9 @@ class Count:
     """The costs of a model on a batch of the example's size; `print` shows them as a table."""
 
     layers: tuple[LayerCount, ...]
-    weights: int  #: numbers in weights: no biases, no batch-norm affine, no learned scales
+    #: numbers in weights, or that those are made of by hashing: no biases, no batch-norm affine, no
+    #: learned scales
+    weights: int
     trainable: int  #: numbers in parameters that are trained
     parameters: int  #: numbers in all parameters
     buffers: int  #: numbers in buffers: the running statistics of batch normalisation
@@ -85,12 +89,13 @@ class Count:
 def count(model: Module, example: npt.ArrayLike | Tensor) -> Count:
     """The costs of `model` in eval mode on a batch like `example`, layer by layer and in total."""
     graph = trace(model, example)
-    layers = _layers(graph, {name for name, p in model.named_parameters() if is_weight(p)})
+    weights = {name for name, p in model.named_parameters() if is_weight(p)} | _hashed(graph)
+    layers = _layers(graph, weights)
     parameters = model.parameters()
     buffers = list({id(b): b for _, b in model.named_buffers()}.values())
     return Count(
         tuple(layers),
-        weights=sum(p.size for p in parameters if is_weight(p)),
+        weights=sum(p.size for name, p in model.named_parameters() if name in weights),
         trainable=sum(p.size for p in parameters if p.requires_grad),
         parameters=sum(p.size for p in parameters),
         buffers=sum(b.size for b in buffers),
@@ -152,6 +157,11 @@ def _new(values: Iterable[Value], seen: set[int]) -> list[Value]:
     found = [v for v in values if v.is_named and v.index not in seen]
     seen.update(v.index for v in found)
     return found
+
+
+def _hashed(graph: Graph) -> set[str]:
+    """The names of parameters that weights are made of by hashing."""
+    return {n.inputs[0].name for n in graph.nodes if isinstance(n.op, Hashed)}
 
 
 def _storage(graph: Graph) -> dict[int, int]:

@@ -5,6 +5,7 @@
     residual blocks  blocks.drop, blocks.thin
     low rank         factorize.layers(model, example, rank)
     few values       cluster.rounded, cluster.kmeans
+    hashing          hashing.hashed, hashing.expanded
     few bits         quantize.float16, dynamic, int8, low_bit; quantize.trainable for fine-tuning
     batch norm       fold_batchnorm, reestimate
 
@@ -12,7 +13,8 @@
 from `saliency`. Passes may follow each other in any order, with training between them: masks and
 shared values hold under every optimiser. Two orders matter: fold batch norms before weights get few
 values, since folding scales each channel; and prune before that, since masked weights take part in
-no code book. What a pass is worth on a model: `experiments/compress_small.py`.
+no code book. Hash last, or go on with the weights that `hashing.expanded` gives. What a pass is
+worth on a model: `experiments/compress_small.py`.
 """
 
 from tinynn.compress import (
@@ -20,6 +22,7 @@ from tinynn.compress import (
     calibrate,
     cluster,
     factorize,
+    hashing,
     importance,
     integers,
     merge,
@@ -42,6 +45,7 @@ __all__ = [
     "exchange",
     "factorize",
     "fold_batchnorm",
+    "hashing",
     "importance",
     "integers",
     "merge",

@@ -25,20 +25,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tinynn.compress.exchange import exchange, require_floating
+from tinynn.compress.exchange import LAYERS, exchange, plain_layers, require_floating
 from tinynn.count import macs
 from tinynn.errors import ConfigError
 from tinynn.graph import Node, trace
 from tinynn.nn.conv import Conv2d, PointwiseConv2d
 from tinynn.nn.layers import Linear
-from tinynn.nn.module import Module, Parameter, Sequential
+from tinynn.nn.module import Module, Sequential
 from tinynn.op import Array, Shape
 
 #: (singular values, largest first; number of weights) -> how many of them stay
 Rank = Callable[[Array, int], int]
 Form = Literal["matrix", "separable", "cheapest"]
-
-_KINDS = (Linear, Conv2d, PointwiseConv2d)
 
 
 # --- the rank -------------------------------------------------------------------------------------
@@ -136,14 +134,14 @@ def layers(
     """
     if form not in ("matrix", "separable", "cheapest"):
         raise ConfigError(f"factorize: form is matrix, separable or cheapest; came {form!r}")
-    if type(model) in _KINDS:
+    if type(model) in LAYERS:
         raise ConfigError("factorize: required layers inside a model; put this one in a Sequential")
     if only is None:
         require_floating(model, "factorize")
     runs: dict[str, list[Node]] = {}
     for node in trace(model, example).nodes:
         runs.setdefault(node.path, []).append(node)
-    found = {path: m for path, m in _candidates(model).items() if path in runs}
+    found = {path: m for path, m in plain_layers(model).items() if path in runs}
     if only is not None and (unknown := sorted(set(only) - found.keys())):
         raise ConfigError(f"factorize: no layers {unknown} to cut; there are {sorted(found)}")
     new: dict[str, Module] = {}
@@ -158,22 +156,6 @@ def layers(
         if report:
             report(cut)
     return exchange(model, new)
-
-
-def _candidates(model: Module) -> dict[str, Linear | Conv2d]:
-    owners: dict[int, int] = {}
-    for _, module in model.named_modules():
-        for value in vars(module).values():
-            if isinstance(value, Parameter):
-                owners[id(value)] = owners.get(id(value), 0) + 1
-    found: dict[str, Linear | Conv2d] = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, Linear | Conv2d) or type(module) not in _KINDS:
-            continue
-        alone = all(owners[id(p)] == 1 for p in module.parameters())
-        if alone and "forward" not in vars(module):
-            found[path] = module
-    return found
 
 
 def _cut(

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tinynn.compress.exchange import require_weights
 from tinynn.compress.integers import keeps_grid
 from tinynn.errors import ConfigError
 from tinynn.graph import Graph, Node, Value
@@ -38,8 +39,9 @@ def weighted(graph: Graph, model: Module) -> dict[str, Node]:
     """The first op of each layer with weights, by the layer's path, as the network computes them.
 
     Layers of the ef-operator are left out. Raises ConfigError naming an op whose weights no layer
-    with `using` holds, or if there are no layers.
+    with `using` holds, or hashed layers, or if there are no layers.
     """
+    require_weights(model, "quantize")
     modules = dict(model.named_modules())
     floating = _floating(graph)
     found: dict[str, Node] = {}

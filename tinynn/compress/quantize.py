@@ -42,7 +42,7 @@ import numpy.typing as npt
 
 from tinynn.compress import calibrate
 from tinynn.compress.batchnorm import by_channel, fold_batchnorm
-from tinynn.compress.exchange import swap
+from tinynn.compress.exchange import require_weights, swap
 from tinynn.compress.places import places, weighted
 from tinynn.errors import ConfigError, DataError
 from tinynn.graph import Node, Value, trace
@@ -107,9 +107,11 @@ def float16(model: Module, example: npt.ArrayLike | None = None) -> Module:
     folds them: their factors would make numbers of float32 out of rounded weights. That takes
     `example`, a batch to trace the graph on; a model without batch norms does without.
 
-    Raises ConfigError for a weight beyond float16's range, and for batch norms without an example.
+    Raises ConfigError for a weight beyond float16's range, for batch norms without an example, and
+    for hashed layers.
     """
     out = floating(model)
+    require_weights(out, "quantize.float16")
     if example is not None:
         out = fold_batchnorm(out, example)
     elif norms := _norms(out):

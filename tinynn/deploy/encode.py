@@ -7,6 +7,8 @@
     coded     numbers of entries in a book of at most 256 (Han, Mao & Dally 2016, section 3)
     columns   int8, those of each channel in as few bits as the largest of them takes
     books     as `coded`, with a book for each channel
+    hashed    the values that float32 weights are made of by hashing (see `kernels.hashing`), and a
+              factor for each channel
     gaps      the numbers that are not 0, in one of the other forms, and how many zeros lie between
               them, b bits each; 2**b - 1 stands for so many zeros and no number (ibid., section 2)
 
@@ -22,8 +24,10 @@ from typing import Any
 import numpy as np
 
 from kernels.codebook import pack_bits, unpack_bits
-from tinynn.errors import FileFormatError
+from tinynn.deploy.origin import Origin
+from tinynn.errors import ConfigError, FileFormatError
 from tinynn.op import Array, Shape
+from tinynn.ops.hashing import Hashed
 
 _LEAST = 16  # numbers for which a form is worth its name
 _ENTRIES = 256
@@ -32,8 +36,8 @@ _ENTRIES = 256
 Form = tuple[dict[str, Any], dict[str, Array]]
 
 
-def encode(array: Array) -> Form:
-    """The smallest form of an array of float32, int8 or int32."""
+def encode(array: Array, origin: Origin | None = None) -> Form:
+    """The smallest form of an array of float32, int8 or int32; `origin`: what it was made of."""
     tried: list[Form | None] = []
     if array.dtype != np.float32:
         forms = [_integers(array)]
@@ -47,6 +51,8 @@ def encode(array: Array) -> Form:
             tried += [_books(array, n, best) for n in _channels(array.shape)]
     if array.size >= _LEAST:
         tried.append(_gaps(array))
+    if origin is not None and array.dtype == np.float32:
+        tried.append(_hashed(array, origin))
     return min((*forms, *(f for f in tried if f is not None)), key=form_bytes)
 
 
@@ -72,7 +78,7 @@ def decode(head: Any, arrays: Mapping[str, Array]) -> Array:
     kinds: dict[str, Any] = {
         "float32": _from_plain, "float16": _from_half, "bfloat16": _from_upper,
         "integers": _from_integers, "coded": _from_coded, "gaps": _from_gaps,
-        "columns": _from_columns, "books": _from_books,
+        "columns": _from_columns, "books": _from_books, "hashed": _from_hashed,
     }  # fmt: skip
     kind = head.get("form") if isinstance(head, dict) else None
     if not isinstance(kind, str) or kind not in kinds:
@@ -184,6 +190,17 @@ def _gaps(array: Array) -> Form | None:
         "inner": inner,
     }  # fmt: skip
     return head, {**arrays, "gaps": pack_bits(stream, bits)}
+
+
+def _hashed(array: Array, origin: Origin) -> Form | None:
+    if not np.array_equal(_bits(origin.expanded()), _bits(array)):
+        return None  # they have changed since
+    op = origin.op
+    head = {
+        "form": "hashed", "shape": list(op.shape), "buckets": list(op.buckets), "seed": op.seed,
+    }  # fmt: skip
+    arrays = {"values": origin.values}
+    return head, arrays if origin.scale is None else {**arrays, "scale": origin.scale}
 
 
 def _symbols(zeros: Array, bits: int) -> int:
@@ -326,9 +343,31 @@ def _unpack_columns(arrays: Mapping[str, Array], bits: Array, size: int) -> Arra
     return codes
 
 
+def origin_of(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Origin | None:
+    """What `head` and `arrays` say that an array was made of: of the form "hashed" alone."""
+    if head.get("form") != "hashed":
+        return None
+    buckets: Any = head.get("buckets")
+    if not isinstance(buckets, list):
+        raise FileFormatError(f"required a list of buckets; came {str(buckets)[:80]}")
+    try:
+        op = Hashed(_shape(head), tuple(buckets), head.get("seed", 0))
+    except ConfigError as error:
+        raise FileFormatError(str(error)) from error
+    values = _part(arrays, "values", np.float32, sum(op.buckets))
+    scale = _part(arrays, "scale", np.float32, op.shape[-1]) if "scale" in arrays else None
+    return Origin(op, values, scale)
+
+
+def _from_hashed(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
+    made = origin_of(head, arrays)
+    assert made is not None
+    return made.expanded()
+
+
 def _from_gaps(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
     shape, bits, inner = _shape(head), head.get("bits"), head.get("inner")
-    if not isinstance(inner, dict) or inner.get("form") == "gaps":
+    if not isinstance(inner, dict) or inner.get("form") in ("gaps", "hashed"):
         raise FileFormatError(f"required a form of the numbers; came {str(inner)[:80]}")
     symbols = _packed(arrays, "gaps", bits, head.get("symbols")).astype(np.int64)
     values = decode(inner, arrays)

@@ -18,9 +18,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from tinynn.deploy.deflate import deflate, inflate
-from tinynn.deploy.encode import decode, encode
+from tinynn.deploy.encode import decode, encode, origin_of
 from tinynn.deploy.kernels import KERNELS
 from tinynn.deploy.layout import Network, network
+from tinynn.deploy.origin import Origin
 from tinynn.deploy.steps import FLOAT, LARGEST, Layer, Step
 from tinynn.errors import FileFormatError, ShapeError
 from tinynn.op import Array, Shape
@@ -69,7 +70,7 @@ def describe(net: Network) -> tuple[str, bytes]:
     for layer in net.layers:
         own = {}
         for key, array in layer.arrays.items():
-            head, parts = encode(array)
+            head, parts = encode(array, layer.origin if key == "weight" else None)
             own[key] = {**head, "parts": {part: store(a) for part, a in parts.items()}}
         layers.append(
             {
@@ -177,7 +178,7 @@ class _Reader:
         if shape != claimed[output]:
             self.fail(f"the result {shape} of {kind}", claimed[output])
         self._shapes[output] = shape
-        layer = Layer(step, tuple(inputs), output, own, path, kernel)
+        layer = Layer(step, tuple(inputs), output, own, path, kernel, self.origin(arrays))
         if not KERNELS[kernel].applies(layer):
             self.fail("a kernel that can run the layer", kernel)
         return layer
@@ -197,8 +198,15 @@ class _Reader:
         parts = head.get("parts") if isinstance(head, dict) else None
         if not isinstance(parts, dict):
             self.fail("the places of an array's parts", head)
-        found = {part: self.part(place) for part, place in parts.items()}
-        return np.array(decode(head, found), order="C")
+        return np.array(decode(head, self.parts(parts)), order="C")
+
+    def origin(self, heads: dict[str, Any]) -> Origin | None:
+        """What a layer's weights were made of; `heads` of arrays that were read already."""
+        head = heads.get("weight")
+        return None if head is None else origin_of(head, self.parts(head["parts"]))
+
+    def parts(self, places: dict[str, Any]) -> dict[str, Array]:
+        return {part: self.part(place) for part, place in places.items()}
 
     def part(self, place: Any) -> Array:
         fits = isinstance(place, list) and len(place) == 3 and place[0] in _DTYPES

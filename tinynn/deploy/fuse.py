@@ -78,7 +78,7 @@ def _merged(a: Layer, b: Layer) -> Layer | None:
     scale, shift = b.arrays["scale"], b.arrays["shift"]
     if isinstance(a.step, _WEIGHTED):
         step = _with(a.step, relu=b.step.relu)
-        return replace(a, step=step, output=b.output, arrays=_folded(a, scale, shift))
+        return replace(_folded(a, scale, shift), step=step, output=b.output)
     if isinstance(a.step, AdditiveLinear | AdditiveConv):
         step = _with(a.step, relu=b.step.relu)
         return replace(a, step=step, output=b.output, arrays=_rescaled(a, scale, shift))
@@ -99,11 +99,16 @@ def _rectifies(step: Step) -> bool:
     return isinstance(step, Activation) and step.function == "relu"
 
 
-def _folded(layer: Layer, scale: np.ndarray, shift: np.ndarray) -> Arrays:
-    """Weights and bias that make `scale` times the result + `shift`, a number a channel each."""
+def _folded(layer: Layer, scale: np.ndarray, shift: np.ndarray) -> Layer:
+    """The layer that makes `scale` times the result + `shift`, a number a channel each."""
     w, zero = layer.arrays["weight"], np.zeros(1, np.float32)
-    factor = scale.reshape(w.shape[2:]) if isinstance(layer.step, Depthwise) else scale
-    return {"weight": w * factor, "bias": layer.arrays.get("bias", zero) * scale + shift}
+    bias, origin = layer.arrays.get("bias", zero) * scale + shift, layer.origin
+    if origin is not None:  # the file holds the values that it had, and the factors
+        origin = origin.scaled(scale)
+        w = origin.expanded()
+    else:
+        w = w * (scale.reshape(w.shape[2:]) if isinstance(layer.step, Depthwise) else scale)
+    return replace(layer, arrays={"weight": w, "bias": bias}, origin=origin)
 
 
 def _rescaled(layer: Layer, scale: np.ndarray, shift: np.ndarray) -> Arrays:

@@ -56,4 +56,5 @@ def _joined(first: Layer, pointwise: Layer) -> Layer:
         conv.relu, conv.onto,
     )  # fmt: skip
     inputs = (first.inputs[0], *pointwise.inputs[1:])
-    return Layer(step, inputs, pointwise.output, arrays, pointwise.path)
+    path, origin = pointwise.path, pointwise.origin
+    return Layer(step, inputs, pointwise.output, arrays, path, origin=origin)

@@ -11,6 +11,7 @@ import numpy as np
 from kernels.geometry import window
 from tinynn.deploy.additive import AdditiveConv, AdditiveLinear
 from tinynn.deploy.dynamic import DynamicRound
+from tinynn.deploy.origin import Origin
 from tinynn.deploy.quantized import IntegerLowering, refused
 from tinynn.deploy.steps import (
     Activation,
@@ -34,6 +35,7 @@ from tinynn.deploy.transpose import Transpose, transposed
 from tinynn.errors import CompileError, DTypeError, ShapeError
 from tinynn.graph import Graph, Node
 from tinynn.op import Array, Shape
+from tinynn.ops.hashing import Hashed
 
 
 @dataclass
@@ -45,13 +47,19 @@ class Sketch:
     output: int = 0
 
     def append(
-        self, step: Step, inputs: Sequence[int], arrays: Arrays | None = None, path: str = ""
+        self,
+        step: Step,
+        inputs: Sequence[int],
+        arrays: Arrays | None = None,
+        path: str = "",
+        origin: Origin | None = None,
     ) -> int:
         """Add a layer behind the others and return the number of the value it makes."""
         arrays = arrays or {}
         self.shapes.append(step.result([self.shapes[i] for i in inputs], arrays))
-        self.layers.append(Layer(step, tuple(inputs), len(self.shapes) - 1, arrays, path))
-        return len(self.shapes) - 1
+        number = len(self.shapes) - 1
+        self.layers.append(Layer(step, tuple(inputs), number, arrays, path, origin=origin))
+        return number
 
 
 def lower(graph: Graph) -> Sketch:
@@ -69,6 +77,7 @@ class _Lowering(IntegerLowering):
         self.known: dict[int, Array] = dict(graph.arrays)
         self.sketch = Sketch([graph.input.shape[1:]])
         self.number = {graph.input.index: 0}
+        self.origins: dict[int, Origin] = {}
 
     def run(self) -> Sketch:
         for node in self.graph.nodes:
@@ -77,6 +86,8 @@ class _Lowering(IntegerLowering):
             if all(v.index in self.known for v in node.inputs):
                 arrays = [self.known[v.index] for v in node.inputs]
                 self.known[node.output.index] = np.asarray(node.op.forward(*arrays)[0])
+                if isinstance(node.op, Hashed):
+                    self.origins[node.output.index] = Origin(node.op, _single(arrays[0]))
                 continue
             if node.output.shape[:1] != (self.batch,):
                 raise refused(node, f"a result whose first axis is the batch of {self.batch}")
@@ -118,8 +129,10 @@ class _Lowering(IntegerLowering):
         return out
 
     def append(self, node: Node | None, step: Step, inputs: Sequence[int], **arrays: Array) -> int:
-        path = "" if node is None else node.path
-        return self.sketch.append(step, inputs, arrays, path)
+        path, origin = "" if node is None else node.path, None
+        if node is not None and len(node.inputs) > 1 and isinstance(step, Conv | Linear):
+            origin = self.origins.get(node.inputs[1].index)
+        return self.sketch.append(step, inputs, arrays, path, origin)
 
     # --- one method for each op, or for several ---------------------------------------------------
 

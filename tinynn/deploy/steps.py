@@ -18,6 +18,7 @@ from kernels import prepack, prepack_int8
 from kernels.geometry import Pair, Window
 from kernels.prepack import Packed
 from kernels.program import Program, Slot
+from tinynn.deploy.origin import Origin
 from tinynn.errors import ShapeError
 from tinynn.op import Array, Shape
 
@@ -509,3 +510,4 @@ class Layer:
     arrays: Arrays
     path: str = ""  #: the module whose op it was
     kernel: str = "dense"
+    origin: Origin | None = None  #: what its weights were made of, if of fewer numbers

@@ -24,6 +24,7 @@ from tinynn.nn.conv import (
     ScaleShift,
     SeparableConv2d,
 )
+from tinynn.nn.hashed import HashedConv2d, HashedLinear
 from tinynn.nn.layers import Dropout, Flatten, Linear, ReLU, Sigmoid, Softmax, Tanh
 from tinynn.nn.module import Module, Parameter, Sequential
 from tinynn.nn.quantized import Quantized
@@ -43,6 +44,8 @@ __all__ = [
     "Dropout",
     "Flatten",
     "GlobalAvgPool2d",
+    "HashedConv2d",
+    "HashedLinear",
     "InceptionBlock",
     "KernelComposingConv2d",
     "Linear",

@@ -51,7 +51,7 @@ class _Windowed(Module):
 
     def check(self) -> None:
         """Raise ShapeError, DTypeError or ConfigError unless weights, bias and window fit."""
-        _check_window(self, *self._pairs)
+        check_window(self, *self._pairs)
         require_parameters(type(self).__name__, self.weight, self.bias)
         shape = None if self.bias is None else self.bias.shape
         if self.weight.ndim != 4 or shape not in (None, (self._bias_size(),)):
@@ -334,7 +334,7 @@ class MaxPool2d(Module):
 
     def check(self) -> None:
         """Raise ConfigError unless the window is usable."""
-        _check_window(self, "kernel", "stride")
+        check_window(self, "kernel", "stride")
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.max_pool2d(x, self.kernel, stride=self.stride, padding=self.padding)
@@ -407,7 +407,7 @@ def _window_of(name: str, size: int | Pair, stride: int | Pair | None) -> tuple[
     return kernel, pair(name, "stride", kernel if stride is None else stride)
 
 
-def _check_window(layer: Module, *pairs: str) -> None:
+def check_window(layer: Module, *pairs: str) -> None:
     """Raise ConfigError unless the layer's padding and these pairs have the form that ops take."""
     given = vars(layer)
     sides = given.get("padding")

@@ -20,6 +20,7 @@ from tinynn.ops.elementwise import (
     sub,
     tanh,
 )
+from tinynn.ops.hashing import hashed
 from tinynn.ops.linear import linear, matmul
 from tinynn.ops.loss import log_softmax, mse, rmse, softmax, softmax_cross_entropy
 from tinynn.ops.norm import batchnorm, batchnorm_eval, scale_shift
@@ -45,6 +46,7 @@ __all__ = [
     "fake_quantize",
     "flatten",
     "global_avg_pool2d",
+    "hashed",
     "index",
     "linear",
     "log",
