@@ -32,13 +32,16 @@ _INTERRUPTED = 130  # the exit status: what was timed before is written all the 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0 if all of our own cases were timed."""
     options = _parser().parse_args(arguments)
-    if options.list:
+    if options.list and not options.suites:
         for name in suites.names():
             print(f"{name:<14}{suites.load(name).SUMMARY}")
         for name, members in suites.GROUPS.items():
             print(f"{name:<14}all of: {', '.join(members)}")
         return 0
     try:
+        if options.list:
+            print("\n".join(str(case) for _, case in _problems(options)))
+            return 0
         problems = [] if options.merge else _problems(options)
     except CaseError as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -64,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         "the rounds divided by their median.",
     )
     parser.add_argument("suites", nargs="*", metavar="SUITE", help="see --list")
-    parser.add_argument("--list", action="store_true", help="list the suites")
+    parser.add_argument(
+        "--list", action="store_true", help="list the suites; with SUITE, its cases"
+    )
     parser.add_argument(
         "--case", action="append", default=[], help="run this case, as printed by an earlier run"
     )

@@ -197,11 +197,20 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{min(values):.{digits}g} to {max(values):.{digits}g}"
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds defaults, but for those that a text says itself or that are no value."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"experiments/{experiment.name}.py",
         description=f"{experiment.description} Source: {experiment.source}.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     shared = parser.add_argument_group("all experiments")
     shared.add_argument(

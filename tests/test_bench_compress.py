@@ -267,3 +267,13 @@ def test_match_chooses_among_the_cases(capsys: pytest.CaptureFixture[str]) -> No
     for wrong, said in ((["--match", "nothing at all"], "no case"), (["--rounds", "0"], "rounds")):
         assert command.main(["compress", *wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_the_cases_of_a_suite_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--threads", "1", "--match", "plan_lowrank", "small_cifar"]
+    assert command.main(["compress", "--list", *chosen]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == 2 and all(Case.parse(line).family == "plan_lowrank" for line in listed)
+    assert command.main(["nothing", "--list"]) == 2
+    capsys.readouterr()
+    assert command.main(["--list"]) == 0 and "x=" not in capsys.readouterr().out

@@ -330,3 +330,13 @@ def test_nothing_is_judged_on_other_images() -> None:
     cells = {"dense": _cell("dense", 0.9, 0.3, dataset="glyphs"), "int8, KL": _cell("bits", 0.9, 1)}
     told = findings.findings({"cells": cells})
     assert len(told) == 1 and "glyphs" in told[0]
+
+
+def test_help_says_each_default_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(EXPERIMENT, ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default: None)" not in said and ") (default" not in said
+    assert (
+        "runs a configuration (default: 1)" in said and "first run; the next has the next (" in said
+    )
