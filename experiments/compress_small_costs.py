@@ -13,10 +13,7 @@ is in it.
 
 from __future__ import annotations
 
-import json
 import math
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +21,9 @@ import numpy as np
 
 import tinynn as tn
 from experiments.runner import Record
-from kernels.codebook import unpack_bits
 from tinynn.compress import integers
 from tinynn.deploy.file import describe
+from tinynn.deploy.kernels import KERNELS
 from tinynn.deploy.steps import Reshape
 from tinynn.errors import CompileError
 from tinynn.nn.module import Module
@@ -41,8 +38,6 @@ Products = dict[str, int]  #: multiply-adds by the kind of numbers: the keys of 
 JOULES = {"float32": 3.7e-12 + 0.9e-12, "int8": 0.2e-12 + 0.1e-12, "additive": 0.9e-12}
 CACHE_BYTE = 100e-12 / 8  #: J
 DRAM_BYTE = 1300e-12 / 8  #: J
-
-_BLOCKS = {"sparse": 1, "sparse4x1": 4}
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ def costs(runs: Executable, example: Array) -> Record:
         "executed_as": runs.kind,
         "bytes": nbytes,
         "content_bytes": nbytes if runs.plan is None else content(runs.plan),
-        "deflated_bytes": None if runs.plan is None else deflated(runs.plan),
+        "deflated_bytes": None if runs.plan is None else runs.plan.deflated_nbytes,
         "parameters": sum(a.size for a in whole),
         "non_zeros": sum(int(np.count_nonzero(a)) for a in whole),
         "multiply_adds": counted.macs,
@@ -108,8 +103,8 @@ def _of_plan(plan: tn.Plan) -> Products:
     total = dict.fromkeys(JOULES, 0)
     for layer, macs in zip(plan.network.layers, plan.network.macs, strict=True):
         weight = layer.arrays.get("weight")
-        if weight is not None and layer.kernel in _BLOCKS:
-            macs = macs * _stored(weight, _BLOCKS[layer.kernel]) // weight.size
+        if weight is not None:
+            macs = round(macs * KERNELS[layer.kernel].stored(layer).share)
         whole = weight is not None and weight.dtype == np.int8
         kind = "additive" if layer.step.kind.startswith("additive") else "float32"
         total["int8" if whole else kind] += macs
@@ -122,13 +117,6 @@ def _of_model(model: Module, counted: tn.Count) -> Products:
     kind = "int8" if any(isinstance(m, quantizers) for _, m in model.named_modules()) else "float32"
     additions = sum(a.macs for a in counted.layers if any("additive" in name for name in a.ops))
     return {kind: counted.macs - additions, "additive": additions}
-
-
-def _stored(weight: Array, block: int) -> int:
-    """The weights in blocks of neighbouring outputs that are not all zero."""
-    rows = weight.reshape(-1, weight.shape[-1]) != 0
-    padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % block)))
-    return block * int(padded.reshape(len(rows), -1, block).any(axis=2).sum())
 
 
 def _kernels(plan: tn.Plan) -> dict[str, int]:
@@ -154,50 +142,3 @@ def result_bytes(plan: tn.Plan) -> int:
     network = plan.network
     values = [0, *(a.output for a in network.layers if not isinstance(a.step, Reshape))]
     return sum(math.prod(network.shapes[v]) * network.dtypes[v].itemsize for v in values)
-
-
-# --- entropy coding -------------------------------------------------------------------------------
-
-
-def deflated(plan: tn.Plan) -> int:
-    """Bytes of the plan's content if each stream of it went through DEFLATE by itself.
-
-    Packed streams are taken apart first, a number a byte, so that Huffman's codes are of the
-    numbers: the last stage of Han, Mao & Dally 2016, "Deep Compression", section 4. What gets no
-    smaller stays as it is. No file is written so: it is what storage or a download could save.
-    """
-    text, data = describe(plan.network)
-    total, seen = _deflated(text.encode()), set()
-    for head in _forms(json.loads(text)):
-        for part, (dtype, start, count) in head["parts"].items():
-            if start not in seen:
-                seen.add(start)
-                stream = data[start : start + np.dtype(dtype).itemsize * count]
-                bits = (head if part == "gaps" else head.get("inner", head)).get("bits", 8)
-                apart = stream
-                if part in ("gaps", "codes") and bits < 8:
-                    packed = np.frombuffer(stream, np.uint8)
-                    apart = unpack_bits(packed, bits, packed.size * 8 // bits).tobytes()
-                total += min(len(stream), _deflated(apart))
-    return total
-
-
-def _deflated(stream: bytes) -> int:
-    """The smaller of DEFLATE with and without looking for repetitions."""
-    sizes = []
-    for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY):
-        coder = zlib.compressobj(9, strategy=strategy)
-        sizes.append(len(coder.compress(stream)) + len(coder.flush()))
-    return min(sizes)
-
-
-def _forms(value: Any) -> Iterator[Record]:
-    """All descriptions of arrays in the plan's text."""
-    if isinstance(value, dict):
-        if "parts" in value:
-            yield value
-        for inner in value.values():
-            yield from _forms(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _forms(inner)
