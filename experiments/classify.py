@@ -122,6 +122,15 @@ class Taught:
         """Forget the epoch under way."""
         self.data.restart()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the images are."""
+        found: dict[str, Any] = self.data.state_dict()
+        return found
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on there."""
+        self.data.load_state_dict(state)
+
 
 def train(
     model: nn.Module,

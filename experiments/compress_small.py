@@ -130,9 +130,7 @@ def run(config: Record, seed: int, context: Context) -> Record:
         return times(config, seed, context)
     sets = classify.load(config, context)
     settings = _training(config, seed)
-    # a checkpoint holds no masks: only what has none goes on in the middle of a training
-    resume = context.resume and config["group"] == "designed small"
-    model = carry_out(config["recipe"], sets, settings, replace(context, resume=resume))
+    model = carry_out(config["recipe"], sets, settings, context)
     shop = Workshop(sets, settings, np.random.default_rng(seed), context)
     runs = Executable.of(model, shop.example)
     outputs = [runs(x) for x, _ in sets.test.batches(SEEN, augment=shop.view)]

@@ -13,7 +13,7 @@ import pytest
 import tinynn as tn
 from experiments import compress_small_findings as findings
 from experiments import compress_small_recipes as recipes
-from experiments.classify import Sets
+from experiments.classify import Sets, Taught
 from experiments.compress_small import EXPERIMENT, on_dense_kernels
 from experiments.compress_small_costs import (
     CACHE_BYTE,
@@ -111,6 +111,23 @@ def test_what_training_left_is_taken_up_with_its_masks_and_shared_values(tmp_pat
     for _, p in parts.named_parameters():
         if p.ndim > 1:
             assert len(np.unique(p.data)) <= 4
+
+
+def test_a_training_by_a_teacher_goes_on_with_the_images_that_are_left() -> None:
+    images = np.random.default_rng(0).integers(0, 255, (40, 2, 2, 1)).astype(np.uint8)
+    data = Dataset("noise", images, np.arange(40) % 2, ("a", "b"))
+
+    def taught() -> Taught:
+        return Taught(data.batches(10, np.random.default_rng(1)), lambda x: x.sum(axis=(1, 2, 3)))
+
+    first, second = taught(), taught()
+    batches = iter(first)
+    next(batches)
+    second.load_state_dict(first.state_dict())
+    left, again = list(batches), list(second)
+    assert len(left) == len(again) == 3
+    for (x, y), (same, answers) in zip(left, again, strict=True):
+        assert np.array_equal(x, same) and np.array_equal(y, answers)
 
 
 def test_statistics_anew_are_those_of_images_as_training_shows_them(tmp_path: Path) -> None:
