@@ -18,7 +18,6 @@ Recipe = list[Record]
 
 MODEL = "experiments/results/small_cifar/model.safetensors"
 RATE = 0.05  #: at which tuning begins
-LONG_RATE = 0.02  #: where it is long: at a higher one much is lost first
 LABELS_RATE = 0.02  #: by labels
 FOLDED_RATE = 1e-4  #: without batch normalisation
 SHARED_RATE = 5e-6  #: of values that many weights share, whose gradients are summed
@@ -55,12 +54,12 @@ def by_labels(steps: Recipe) -> Recipe:
     return [{k: v for k, v in item.items() if k != "teacher"} for item in steps]
 
 
-def gradually(sparsity: float, epochs: float, rate: float = RATE) -> Record:
+def gradually(sparsity: float, epochs: float) -> Record:
     """Tuning during which weights are pruned, the smallest of all layers together."""
-    return {**tune(epochs, rate), "sparsity": sparsity, "scope": "global"}
+    return {**tune(epochs), "sparsity": sparsity, "scope": "global"}
 
 
-PRUNED, MORE_PRUNED = [gradually(0.7, 12.0, LONG_RATE)], [gradually(0.9, 2.0)]
+PRUNED, MORE_PRUNED = [gradually(0.7, 12.0)], [gradually(0.9, 2.0)]
 NIBBLES = do("4 bits", clip=False, allocate=False, scales=8)
 SLIM = [do("channels", importance="l2", kept=0.7), tune(1.0)]
 
