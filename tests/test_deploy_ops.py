@@ -35,6 +35,8 @@ VALUES: dict[str, Any] = {
                             for i in range(ndim)],
     "gain": lambda _: [],  # matters in training only
     "dynamic": lambda _: [],  # says where the other operands come from
+    "buckets": lambda _: [],  # of weights, which depend on no input
+    "seed": lambda _: [],
     "shape": lambda _: [],  # these go together with the operands: the samples have them
     "output": lambda _: [],
     "places": lambda _: [],

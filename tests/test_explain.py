@@ -13,7 +13,7 @@ import pytest
 import tinynn as tn
 from tinynn import __main__ as command
 from tinynn import nn, roofline
-from tinynn.compress import fold_batchnorm
+from tinynn.compress import fold_batchnorm, quantize
 from tinynn.errors import ConfigError
 from tinynn.explain import measure
 from tinynn.explain.parts import Layer, Way
@@ -95,7 +95,10 @@ def test_who_has_no_kernel_says_so(found: tn.Explanation) -> None:
     assert "no kernel" in first.why(mine["codebook"]) and "3x3x3x32" in first.why(mine["codebook"])
     (depthwise,) = (layer for layer in found.layers if layer.kind == "depthwise")
     assert depthwise.dense.macs > 0  # and of the techniques one has a kernel for it
-    assert [way.technique for way in depthwise.others] == ["int8"]
+    assert [w.technique for w in depthwise.others if w.seconds is not None] == ["int8"]
+    assert [way.technique for way in depthwise.others] == list(measure.TECHNIQUES)[1:]
+    for other in depthwise.others[:-1]:
+        assert "no kernel: none runs a depthwise layer" in depthwise.why(other)
 
 
 def test_the_table_and_the_file_say_all(found: tn.Explanation) -> None:
@@ -108,6 +111,41 @@ def test_the_table_and_the_file_say_all(found: tn.Explanation) -> None:
     assert [entry["path"] for entry in again["layers"]] == [layer.path for layer in found.layers]
     assert set(again["plans"]) == set(measure.TECHNIQUES)
     assert again["settings"] == {"density": 0.25, "entries": 8, "threads": 1}
+
+
+def test_a_technique_that_refuses_the_model_is_no_obstacle() -> None:
+    rng = np.random.default_rng(0)
+    additive = nn.Sequential(nn.Linear(8, 16, rng=rng), nn.AdditiveLinear(16, 4, rng=rng))
+    for net in (additive, nn.Linear(8, 16, rng=rng)):
+        found = tn.explain(net, np.ones((2, 8), np.float32), density=0.25, limits=LIMITS)
+        printed = str(found)
+        for layer in found.layers:
+            assert [way.technique for way in layer.others] == list(measure.TECHNIQUES)[1:]
+            assert all(layer.why(way) in printed for way in layer.others)
+
+
+def test_a_compressed_model_is_shown_as_it_is() -> None:
+    rng, x = np.random.default_rng(0), np.ones((2, 64), np.float32)
+    net = nn.Sequential(nn.Linear(64, 64, rng=rng), nn.ReLU(), nn.Linear(64, 8, rng=rng))
+    found = tn.explain(quantize.int8(net, [x]), x, limits=LIMITS)
+    for path in ("0", "2"):
+        mine = ways(found, path)
+        itself, byte = mine["as it is"], mine["int8"]
+        assert list(mine)[:2] == ["dense", "as it is"] and itself.seconds is not None
+        assert (itself.macs, itself.weight_bytes) == (byte.macs, byte.weight_bytes)
+        assert itself.bounds == byte.bounds
+    assert "as it is" in found.plans and "as it is: " not in str(found)
+
+
+def test_shares_that_cannot_be_are_warned_of(found: tn.Explanation) -> None:
+    first = found.layers[0]
+
+    def told(us: float, **bounds: float) -> str:
+        slow = replace(first, dense=way("dense", us, **bounds), others=())
+        return str(replace(found, layers=(slow,)))
+
+    assert "--remeasure" not in told(10.0) and "--remeasure" not in told(1.0, overhead=20.0)
+    assert "0 dense at 180%" in told(5.0) and "--remeasure" in told(5.0)
 
 
 def test_a_layer_is_found_again_after_it_was_cut_in_two(found: tn.Explanation) -> None:
@@ -228,6 +266,29 @@ def test_the_command_explains_a_published_model(
     assert command.main(arguments) == 0
     assert "call overhead" in capsys.readouterr().out or file.is_file()
     assert json.loads(file.read_text())["batch"] == 3
+
+
+def test_a_file_is_known_by_its_content(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roofline, "limits", lambda *args, **kwargs: [LIMITS])
+    x = np.ones((1, 8), np.float32)
+    net = nn.Sequential(nn.Linear(8, 4, rng=np.random.default_rng(0)))
+    tn.save(tmp_path / "MODEL.SAFETENSORS", net)
+    tn.compile(net, x, choose="dense").save(tmp_path / "small")
+    assert command.main(["explain", str(tmp_path / "MODEL.SAFETENSORS"), "--input", "8"]) == 0
+    assert "lowrank" in capsys.readouterr().out
+    for name in ("explain", "profile"):
+        assert command.main([name, str(tmp_path / "small"), "--batch", "3", "--threads", "1"]) == 0
+        assert "3 images" in capsys.readouterr().out
+    assert command.main(["explain", str(tmp_path / "small"), "--input", "9"]) == 1
+    assert "(8,)" in capsys.readouterr().err
+    assert command.main(["explain", str(tmp_path / "small"), "--json", "figures"]) == 1
+    assert "figures would not be written" in capsys.readouterr().err
+    pytest.importorskip("onnx")
+    tn.onnx.export(net, x, tmp_path / "net")
+    assert command.main(["explain", str(tmp_path / "net"), "--input", "8"]) == 0
+    assert "lowrank" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

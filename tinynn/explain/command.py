@@ -9,9 +9,10 @@ import numpy as np
 
 from kernels._jit import max_threads
 from tinynn import roofline
+from tinynn.deploy import Plan
 from tinynn.errors import ConfigError
 from tinynn.explain.measure import explain
-from tinynn.profile.choice import add_model, chosen
+from tinynn.profile.choice import add_model, chosen, profiled
 from tinynn.storage import write_json
 
 SUMMARY = "say of every layer which compression makes it faster, and why or why not"
@@ -48,6 +49,10 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"explain: required 1 <= threads <= {max_threads()}; came {options.threads}"
         )
+    if isinstance(model, Plan):
+        model.threads = options.threads
+        print(profiled(model, batch, options.json))
+        return 0
     limits = roofline.limits([options.threads], remeasure=options.remeasure)[0]
     found = explain(
         model,

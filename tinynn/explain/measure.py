@@ -19,11 +19,10 @@ from tinynn import nn, roofline
 from tinynn.compress import cluster, factorize, fold_batchnorm, quantize, sparsify
 from tinynn.deploy import Plan, compile
 from tinynn.deploy.kernels import KERNELS, Stored
-from tinynn.deploy.steps import Conv, Linear
 from tinynn.deploy.steps import Layer as Step
 from tinynn.environment import cpu_features
-from tinynn.errors import ConfigError
-from tinynn.explain.parts import DENSE, Bound, Explanation, Layer, Way
+from tinynn.errors import ConfigError, TinynnError
+from tinynn.explain.parts import AS_IT_IS, DENSE, Bound, Explanation, Layer, Way
 from tinynn.nn.module import Module
 from tinynn.op import Array
 from tinynn.roofline import Limits
@@ -125,7 +124,9 @@ def explain(
 ) -> Explanation:
     """Each layer of `model`, in eval mode, on a batch like `example`, dense and by every technique.
 
-    Of a quantised model they are told of its floating weights, as `quantize.floating` gives them.
+    Techniques change the floating weights, of a quantised model as `quantize.floating` gives them.
+    A model that is quantised already, or whose weights a plan runs by another kernel than the dense
+    one, is shown "as it is", too.
 
     Sparse layers keep the share `density` of their weights, or of blocks of 4 of them, with the
     largest magnitude; code books have `entries` values a layer; low rank is the one at which a
@@ -141,7 +142,11 @@ def explain(
     folded = fold_batchnorm(quantize.floating(model), x).eval()
     plans = _plans(folded, x, told, threads)
     calls = {name: _smallest_call(name, told, threads) for name in plans}
+    itself = _itself(model, x, threads)
+    if itself is not None:
+        plans = {DENSE: plans.pop(DENSE), AS_IT_IS: itself, **plans}
     bare = _plans(folded, x, replace(told, density=_HARDLY), threads, only=_SPARSE)
+    names = [*list(plans)[: 1 + (AS_IT_IS in plans)], *list(TECHNIQUES)[1:]]  # dense is first
     seconds = _times({**plans, **{f"bare {name}": plan for name, plan in bare.items()}}, x)
     dense = plans[DENSE]
     chunks = -(-len(x) // dense.images_at_once(len(x)))
@@ -150,16 +155,19 @@ def explain(
         rows = len(x) * math.prod(dense.network.shapes[step.output][:-1])
         costs = _Costs(limits, len(x), chunks, rows)
         ways = []
-        for name, plan in plans.items():
+        for name in names:
+            if name not in plans:
+                ways.append(Way(name, None, 0, 0, 0, {}))
+                continue
+            plan = plans[name]
             mine = [i] if name == DENSE else _standing_for(plan, step)
-            way = costs.way(name, plan, mine, seconds[name], calls[name])
+            way = costs.way(name, plan, mine, seconds[name], calls)
             if name in bare and way.seconds is not None:
                 left = seconds[f"bare {name}"]
                 way = replace(way, fixed=sum(left[k] for k in _standing_for(bare[name], step)))
             ways.append(way)
         weight = step.arrays.get("weight")
-        mixes = isinstance(step.step, Linear | Conv)
-        others = [way for way in ways[1:] if mixes or way.seconds is not None]
+        others = [way for way in ways[1:] if weight is not None or way.seconds is not None]
         layers.append(
             Layer(
                 step.path or "-",
@@ -186,16 +194,29 @@ def _plans(
     threads: int,
     only: Collection[str] | None = None,
 ) -> dict[str, Plan]:
-    """A plan for each technique, or for `only` some, that has a kernel for a layer of the model."""
+    """A plan for each technique, or for `only` some, that has a kernel for a layer of the model.
+
+    Some refuse a model for one of its layers: they have no plan either.
+    """
     plans: dict[str, Plan] = {}
     for name in TECHNIQUES if only is None else only:
         technique = TECHNIQUES[name]
-        changed = technique.change(folded, x, told) if _mixing(folded) else folded
         try:
+            changed = technique.change(folded, x, told) if _mixing(folded) else folded
             plans[name] = compile(changed, x, threads=threads, choose=technique.kernel)
-        except ConfigError:  # no layer that it could run
-            continue
+        except TinynnError:
+            if name == DENSE:
+                raise
     return plans
+
+
+def _itself(model: Module, x: Array, threads: int) -> Plan | None:
+    """The model's own plan, if there is one that is not the dense one."""
+    try:
+        plan = compile(model.copy().eval(), x, threads=threads)
+    except TinynnError:  # of quantised layers: those of floating ones have been compiled
+        return None
+    return plan if any(_runs_by(step) != DENSE for step in plan.network.layers) else None
 
 
 def _smallest_call(name: str, told: Settings, threads: int) -> float:
@@ -226,7 +247,7 @@ def _standing_for(plan: Plan, step: Step) -> list[int]:
     if "weight" not in step.arrays:
         return []
     path = _path(step)
-    names = (path, f"{path}.0", f"{path}.1")
+    names = (path, *(f"{path}.{i}".lstrip(".") for i in (0, 1)))
     return [
         i
         for i, layer in enumerate(plan.network.layers)
@@ -246,7 +267,12 @@ class _Costs:
         self._limits, self._batch, self._chunks, self._rows = limits, batch, chunks, rows
 
     def way(
-        self, name: str, plan: Plan, places: list[int], seconds: list[float], call: float
+        self,
+        name: str,
+        plan: Plan,
+        places: list[int],
+        seconds: list[float],
+        calls: Mapping[str, float],
     ) -> Way:
         """The layers at `places` of a plan as one way of running a layer."""
         network = plan.network
@@ -263,12 +289,13 @@ class _Costs:
             moved += self._batch * sum(sizes)
             loads += full * per_weight
         runs = bool(steps) and _has_kernel(name, steps)
-        products = _DOT if name == "int8" else 1
+        by = {_runs_by(step) for step in steps} if name == AS_IT_IS else {name}
+        products = _DOT if by == {"int8"} else 1
         bounds: dict[Bound, float] = {
             "compute": self._limits.compute_seconds(2 * macs / products),
             "memory": self._limits.memory_seconds(weights + moved, self._set(weights, moved)),
             "index": loads / self._limits.bandwidths["L1"],
-            "overhead": call,
+            "overhead": max((calls[k] for k in by if k in calls), default=0.0),
         }
         taken = sum(seconds[i] for i in places) if runs else None
         rank = steps[0].arrays["weight"].shape[-1] if name == "lowrank" and steps else None
@@ -279,7 +306,17 @@ class _Costs:
         return (weights + moved) / self._chunks
 
 
+def _runs_by(step: Step) -> str:
+    """The technique whose kernel runs the layer."""
+    weight = step.arrays.get("weight")
+    if weight is not None and weight.dtype == np.int8:
+        return "int8"
+    return step.kernel
+
+
 def _has_kernel(name: str, steps: list[Step]) -> bool:
+    if name == AS_IT_IS:
+        return True
     if name == "lowrank":
         return len(steps) == 2
     if name == "int8":

@@ -15,6 +15,7 @@ from tinynn.roofline import Bounded, Limits
 Bound = Literal["compute", "memory", "index", "overhead"]
 
 DENSE = "dense"
+AS_IT_IS = "as it is"  #: the model without a change, by the kernels that a plan chooses
 
 
 @dataclass(frozen=True)

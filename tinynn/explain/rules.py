@@ -47,7 +47,7 @@ def _first(rules: tuple[Rule, ...], layer: Layer, way: Way) -> str:
 
 
 def _no_kernel(layer: Layer, way: Way) -> str:
-    if way.rank is not None:
+    if way.rank is not None and layer.mixes:
         return f"not done: factors of any rank below {layer.channels} would cost more"
     shape = "x".join(map(str, layer.weight or ()))
     return f"no kernel: none runs a {layer.kind} layer with weights {shape} so"

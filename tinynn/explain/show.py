@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from tinynn.explain.parts import Explanation, Layer, Way
 
 _QUIET_SPREAD = 0.1
+_POSSIBLE = 1.05  #: shares of a bound above it say that the bound is wrong
 
 
 def table(found: Explanation) -> list[str]:
@@ -34,12 +35,18 @@ def _layer(layer: Layer, whole: float, width: int) -> list[str]:
         f"rows; {seconds / whole:.1%} of the dense network",
         _way(layer.dense, width),
     ]
-    return lines + [f"{_way(way, width)}  {layer.why(way)}" for way in layer.others]
+    without: dict[str, list[str]] = {}
+    for way in layer.others:
+        if way.seconds is None:
+            without.setdefault(layer.why(way), []).append(way.technique)
+        else:
+            lines.append(f"{_way(way, width)}  {layer.why(way)}")
+    return lines + [f"  {', '.join(names)}: {why}" for why, names in without.items()]
 
 
 def _way(way: Way, width: int) -> str:
     if way.seconds is None:
-        return f"  {way.technique:<{width}}{'-':>10}{'':>60}"
+        return f"  {way.technique:<{width}}{'-':>10}"
     return (
         f"  {way.technique:<{width}}{way.seconds * 1e6:>10.1f}{way.bound * 1e6:>10.1f}"
         f"{way.share:>7.0%}{way.macs / 1e6:>10.3f}{way.weight_bytes / 1e3:>11.1f}"
@@ -74,7 +81,25 @@ def _totals(found: Explanation) -> list[str]:
         + ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in found.limits.bandwidths.items())
         + " GB/s"
     )
+    lines += _impossible(found)
     noisy = max(timing.spread for timing in found.plans.values())
     if noisy > _QUIET_SPREAD:
         lines.append(f"the rounds vary by {noisy:.0%}: other work disturbed them")
     return lines
+
+
+def _impossible(found: Explanation) -> list[str]:
+    """Who is faster than the machine's limits allow. A call's own time is not one of these."""
+    ways = [(layer, way) for layer in found.layers for way in (layer.dense, *layer.others)]
+    over = [
+        (way.share, f"{layer.path} {way.technique}")
+        for layer, way in ways
+        if way.seconds and way.limited_by != "overhead" and way.share > _POSSIBLE
+    ]
+    if not over:
+        return []
+    share, name = max(over)
+    return [
+        f"warning: {len(over)} ways are faster than their bounds allow, {name} at {share:.0%}: the "
+        "limits were measured while the machine was slower; --remeasure measures them anew"
+    ]

@@ -39,6 +39,10 @@ def export(model: Module, example: npt.ArrayLike | Tensor, path: PathLike) -> No
     DequantizeLinear, activations on one through QuantizeLinear and DequantizeLinear. Where ranges
     are found at run time, sums are ConvInteger and MatMulInteger: see `tinynn.onnx.dynamic`.
 
+    Other runtimes saturate sums of products of bytes on x86 processors without VNNI, and give other
+    answers than the model there. Weights of 7 bits leave these sums room: quantise by
+    `quantize.Scheme(bits=7, first_last=7)` what is to run so.
+
     Raises UnsupportedError, which names the op, for what ONNX cannot say or a model whose ops
     depend on the batch's size or values, and MissingPackageError without the onnx package.
     """

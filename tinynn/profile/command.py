@@ -9,8 +9,9 @@ import numpy as np
 
 from kernels._jit import get_threads, max_threads, set_threads
 from tinynn import roofline
+from tinynn.deploy import Plan
 from tinynn.errors import ConfigError
-from tinynn.profile.choice import add_model, chosen
+from tinynn.profile.choice import add_model, chosen, profiled
 from tinynn.profile.clock import step
 from tinynn.storage import write_json
 
@@ -40,6 +41,10 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"profile: required 1 <= threads <= {max_threads()}; came {threads}")
     if not options.seconds > 0:
         raise ConfigError(f"profile: required seconds > 0; came {options.seconds}")
+    if isinstance(model, Plan):
+        model.threads = options.threads
+        print(profiled(model, batch, options.out))
+        return 0
     before = get_threads()
     set_threads(threads)
     try:
