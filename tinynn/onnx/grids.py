@@ -33,8 +33,8 @@ def quantize(call: Call) -> None:
     kind, step = np.iinfo(zero.dtype), scale.item()
     ends = [n - int(zero.item()) for n in (kind.min, kind.max)]
     x, cuts = call.builder.clipped.get(call.operand(0), (None, ()))[:2]
-    steps = [end if cut is None else cut / step for cut, end in zip(cuts, ends, strict=False)]
-    if x is not None and np.allclose(steps, np.rint(steps), rtol=0, atol=1e-3):
+    steps = [n if cut is None else cut / step for cut, n in zip(cuts, ends, strict=False)]
+    if x is not None and np.abs(steps - np.rint(steps)).max() < 1e-3:
         ends = [min(max(round(n), ends[0]), ends[1]) for n in steps]
     else:
         x = call.data(0)
@@ -82,6 +82,7 @@ def clip(call: Call) -> None:
         call.constant(i, name).item() if call.has(i) else call.attribute(name)
         for i, name in enumerate(("min", "max"), 1)
     ]
+    ends = [None if end == none else end for end, none in zip(ends, (-np.inf, np.inf), strict=True)]
     x = call.data(0)
 
     def clipped() -> Data:

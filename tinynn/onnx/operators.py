@@ -193,6 +193,9 @@ def _matmul(call: Call) -> None:
     if 1 in ranks:
         raise call.refuse("an operand of one axis; required two or more")
     if call.is_constant(1) and call.constant(1, "B").ndim == 2:
+        if ranks[0] == 2:
+            call.result(_linear(call, call.plain(0), call.constant(1, "B"), (False, 1.0), 1.0))
+            return
         weight = call.parameter(1, "matrix", call.constant(1, "B"))
         call.result(call.add(Product(weight), [call.plain(0)]))
         return
