@@ -366,3 +366,17 @@ def test_a_network_checks_its_steps(tmp_path: Path) -> None:
     tn.save(tmp_path / "bad.safetensors", net)
     with pytest.raises(FileFormatError, match="step 'a'"):
         tn.load(tmp_path / "bad.safetensors")
+
+
+def test_a_product_of_rows_with_a_matrix_is_a_layer_that_can_be_quantised(tmp_path: Path) -> None:
+    nodes = [node("Clip", "x low high", "a"), node("MatMul", "a w", "y")]
+    constants = {"low": np.float32(0), "high": np.float32(np.inf), "w": normal(4, 3)}
+    net, x = (
+        tn.onnx.load(write(tmp_path / "net.onnx", model(nodes, constants, ("n", 4)))),
+        normal(5, 4),
+    )
+    np.testing.assert_allclose(net(tn.Tensor(x)).data, x.clip(0) @ constants["w"], 1e-5, 1e-5)
+    byte = tn.compress.quantize.int8(net, [x])
+    assert "the_y.layer.weight" in {
+        name.removeprefix("layer.") for name, _ in byte.named_parameters()
+    }

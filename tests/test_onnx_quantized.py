@@ -12,7 +12,9 @@ import pytest
 import tinynn as tn
 from tinynn import nn
 from tinynn.compress import quantize
+from tinynn.errors import UnsupportedError
 from tinynn.nn.module import Module
+from tinynn.nn.quantized import Quantized
 from tinynn.op import Array
 
 onnx = pytest.importorskip("onnx")
@@ -115,3 +117,70 @@ def test_one_layer_with_ranges_found_at_run_time_has_the_same_sums(tmp_path: Pat
     got, wanted = ort.InferenceSession(path).run(None, {"input": x})[0], tn.compile(model, x)(x)
     scale = np.abs(wanted).max(axis=(1, 2, 3), keepdims=True)
     assert (np.abs(got - wanted) <= 1e-6 * scale).all()
+
+
+@pytest.mark.parametrize(
+    "quantised",
+    [
+        lambda m, x: quantize.int8(m, [x]),
+        lambda m, x: quantize.int8(m, [x], scheme=quantize.Scheme(per_channel=False)),
+        lambda m, x: quantize.low_bit(m, [x], weights=4, activations=6),
+    ],
+    ids=["int8", "one_grid", "low_bit"],
+)
+def test_what_is_exported_is_loaded_with_its_grids(tmp_path: Path, quantised: Any) -> None:
+    model, x = quantised(network(), images(16)).eval(), images(9, seed=2)
+    tn.onnx.export(model, x, tmp_path / "model.onnx")
+    again = tn.onnx.load(tmp_path / "model.onnx")
+    np.testing.assert_array_equal(again(tn.Tensor(x)).data, model(tn.Tensor(x)).data)
+    plans = [tn.compile(m, x, choose="dense") for m in (model, again)]
+    integers = [{a.step.kind for a in p.network.layers if "int" in a.step.kind} for p in plans]
+    assert integers[0] - integers[1] <= {"intglobalsum"}
+    np.testing.assert_allclose(plans[1](x), plans[0](x), rtol=0, atol=1e-6)
+    assert not any(isinstance(m, Quantized) for _, m in quantize.floating(again).named_modules())
+    tn.save(tmp_path / "model.safetensors", again)
+    kept = tn.load(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(kept(tn.Tensor(x)).data, again(tn.Tensor(x)).data)
+
+
+def test_files_that_are_for_other_runtimes_say_so(tmp_path: Path) -> None:
+    x = images(2)
+    ef = nn.Sequential(nn.AdditiveConv2d(3, 4, 3, rng=np.random.default_rng(0))).eval()
+    for model in (quantize.dynamic(network(), x).eval(), ef):
+        tn.onnx.export(model, x, tmp_path / "model.onnx")
+        with pytest.raises(UnsupportedError, match=r"other runtimes only.*tn\.save"):
+            tn.onnx.load(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(("kind", "low"), [(np.int8, -0.48), (np.uint8, -0.5)])
+def test_grids_of_others(tmp_path: Path, kind: Any, low: float) -> None:
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
+    rng = np.random.default_rng(0)
+    constants = {
+        "s": np.float32(0.04), "z": np.array(7, kind), "w": rng.integers(-128, 128, (5, 4)),
+        "ws": rng.uniform(0.01, 0.1, 5).astype(np.float32), "wz": np.zeros(5, np.int8),
+        "b": rng.integers(-900, 900, 5).astype(np.int32), "low": np.float32(low),
+    }  # fmt: skip
+    constants["w"] = constants["w"].astype(np.int8)
+    nodes = [
+        ("Clip", "x low", "c", {}), ("QuantizeLinear", "c s z", "q", {}),
+        ("DequantizeLinear", "q s z", "d", {}), ("DequantizeLinear", "w ws wz", "v", {"axis": 0}),
+        ("DequantizeLinear", "b ws", "e", {"axis": 0}), ("Gemm", "d v e", "y", {"transB": 1}),
+    ]  # fmt: skip
+    graph = helper.make_graph(
+        [helper.make_node(k, i.split(), [o], **a) for k, i, o, a in nodes],
+        "test",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ("n", 4))],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ("n", 5))],
+        [numpy_helper.from_array(np.asarray(a), k) for k, a in constants.items()],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    model, x = tn.onnx.load(path), rng.normal(0, 3, (20, 4)).astype(np.float32)
+    options = ort.SessionOptions()  # optimised, it takes the bias to be on the grid of the sums
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    want = ort.InferenceSession(path, options).run(None, {"x": x})[0]
+    np.testing.assert_allclose(model(tn.Tensor(x)).data, want, rtol=1e-5, atol=1e-4)
+    if low == -0.48:  # on the grid, which then begins there
+        np.testing.assert_allclose(tn.compile(model, x)(x), want, rtol=1e-5, atol=1e-4)

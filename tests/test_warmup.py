@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +19,9 @@ from bench import first_step
 from kernels import _jit
 from kernels._jit import jit, planning
 from tinynn import __main__ as command
-from tinynn import warmup
+from tinynn import deploy, nn, warmup
 from tinynn.errors import ConfigError, OutputError
-from tinynn.models import PUBLISHED
+from tinynn.models import PUBLISHED, Published
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,6 +104,49 @@ def test_after_a_warm_up_nothing_is_compiled(tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines] == ["summation", "all"]
     assert int(lines[0].split()[1]) >= 5
     assert run("-c", PROGRAM) == "[]\n"
+
+
+class _Here:
+    """Makes the calls that other processes would."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(call(*arguments))
+        return done
+
+    def shutdown(self, **_: object) -> None:
+        pass
+
+
+def test_plans_are_warmed_up_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(rng: np.random.Generator) -> tn.Module:
+        return nn.Sequential(nn.Linear(2, 8, rng=rng), nn.ReLU(), nn.Linear(8, 1, rng=rng))
+
+    monkeypatch.setitem(PUBLISHED, "tiny", Published(build, (6, 2), "rmse"))
+    monkeypatch.setattr(warmup, "ProcessPoolExecutor", _Here)
+    made: list[str] = []
+    compiled = deploy.compile
+
+    def compile_(model: tn.Module, example: Any) -> tn.Plan:
+        plan = compiled(model, example)
+        made.extend(layer.step.kind for layer in plan.network.layers)
+        return plan
+
+    monkeypatch.setattr(deploy, "compile", compile_)
+    lines: list[str] = []
+    warmup.warm_up(["tiny"], jobs=1, report=lines.append)
+    assert made == [] and len(lines) == 2
+    warmup.warm_up(["tiny"], jobs=1, plans=True, report=lines.append)
+    assert made == ["linear", "linear", "quantize", "intlinear", "intlinear"]
+    assert [line[:20].rstrip() for line in lines[3:]] == [
+        "plans in float32",
+        "plans in int8",
+        "all",
+    ]
+    assert [warmup._plan_and_use(["tiny"], integers) for integers in (False, True)] == [0, 0]
 
 
 def test_what_cannot_be_warmed_up_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

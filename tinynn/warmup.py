@@ -3,6 +3,9 @@
 Kernels compile when they are first called, one after the other. Here a training step and an
 inference are first run without computing anything, which tells which kernels they call with which
 types; processes share the compiling and leave the results in the cache; then the model really runs.
+
+Plans, if wanted, are made and run last, those in float32 by one process, those in int8 by another:
+they have hardly a kernel in common, while the plans of different models have most.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from functools import lru_cache
 
 import numpy as np
+from numba.core import event
 
 from kernels._jit import Request, cache_directory, planning
-from tinynn import ops
+from tinynn import deploy, ops
+from tinynn.compress import quantize
 from tinynn.environment import usable_cores
 from tinynn.errors import ConfigError, OutputError
 from tinynn.models import PUBLISHED, Published
@@ -38,19 +43,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=int, metavar="N", help="processes that compile (default: one a core)"
     )
+    parser.add_argument(
+        "--plans", action="store_true", help="also what their plans call, in float32 and in int8"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Warm the models up, with a line for each."""
-    warm_up(options.models or list(PUBLISHED), jobs=options.jobs, report=_say)
+    names = options.models or list(PUBLISHED)
+    warm_up(names, jobs=options.jobs, plans=options.plans, report=_say)
     return 0
 
 
-def warm_up(names: Sequence[str], *, jobs: int | None = None, report: Report = lambda _: 0) -> int:
+def warm_up(
+    names: Sequence[str],
+    *,
+    jobs: int | None = None,
+    plans: bool = False,
+    report: Report = lambda _: 0,
+) -> int:
     """Compile and cache what training steps and inferences of these models call; how many kernels.
 
     A training step has the batch and the loss of `tinynn.models.PUBLISHED`, and SGD with momentum;
-    inference that batch and a single input. `report` gets a line for each model and one at the end.
+    inference that batch and a single input. With `plans` these run as plans, too, in float32 and in
+    int8. `report` gets a line for each model, for the plans of each kind, and one at the end.
     Raises ConfigError for an unknown name, OutputError where no cache can be written.
     """
     unknown = [name for name in names if name not in PUBLISHED]
@@ -69,6 +85,10 @@ def warm_up(names: Sequence[str], *, jobs: int | None = None, report: Report = l
             _train_and_use(PUBLISHED[name])
             total += len(futures)
             report(f"{name:<20}{len(futures):>3} kernels  {time.perf_counter() - start:6.1f} s")
+        for what, made in compilers.plans() if plans else []:
+            count = made.result()
+            total += count
+            report(f"{what:<20}{count:>3} kernels  {time.perf_counter() - start:6.1f} s")
     report(f"{'all':<20}{total:>3} kernels  {time.perf_counter() - start:6.1f} s")
     return total
 
@@ -97,6 +117,13 @@ class _Compilers:
             futures = [self._executor.submit(_compile, self._names, r.name) for r in ordered]
             pending.append((name, futures))
         yield from pending
+
+    def plans(self) -> list[tuple[str, Future[int]]]:
+        """What makes and runs the plans of all models, in float32 and in int8."""
+        return [
+            (f"plans in {kind}", self._executor.submit(_plan_and_use, self._names, kind == "int8"))
+            for kind in ("float32", "int8")
+        ]
 
 
 def _requests(names: tuple[str, ...]) -> dict[str, list[Request]]:
@@ -130,6 +157,34 @@ def _train_and_use(published: Published) -> None:
     with no_grad():
         for inputs in (x, x[:1]):
             model(Tensor(inputs))
+
+
+class _Counter(event.Listener):
+    """Counts compilations."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_start(self, event: object) -> None:
+        """One more."""
+        self.count += 1
+
+    def on_end(self, event: object) -> None:
+        """Nothing."""
+
+
+def _plan_and_use(names: Sequence[str], integers: bool) -> int:
+    """Make and run plans of these models; how many kernels were compiled for it."""
+    counter = _Counter()
+    with event.install_listener("numba:compile", counter):
+        for published in (PUBLISHED[name] for name in names):
+            rng = np.random.default_rng(0)
+            model = published.build(rng).eval()
+            x = rng.standard_normal(published.batch, np.float32)
+            plan = deploy.compile(quantize.int8(model, [x]) if integers else model, x)
+            for inputs in (x, x[:1]):
+                plan(inputs)
+    return counter.count
 
 
 def train(model: Module, published: Published, rng: np.random.Generator) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +40,10 @@ class Builder:
         self.constants: dict[str, Array] = {}
         self.trained: set[str] = set()  #: names of initialisers
         self.values: dict[str, Data] = {}
+        self.rounded: dict[str, tuple[Data, float, int]] = {}  #: as integers; scale, zero point
+        #: by name what is clipped, where, and what makes it so when it is asked for
+        self.clipped: dict[str, tuple[Data, list[float | None], Callable[[], Data]]] = {}
+        self.scales: dict[str, Array] = {}  #: of constants that lie on grids
         self.parts: dict[str, Module] = {}
         self.steps: list[Step] = []
         self.inputs = 0
@@ -63,6 +67,12 @@ class Builder:
 
     def data(self, name: str) -> Data:
         """The value of this name; a constant becomes one that a part gives."""
+        if name in self.rounded:
+            raise UnsupportedError(
+                f"onnx.load: {name!r} are integers, which only DequantizeLinear may read"
+            )
+        if name not in self.values and name in self.clipped:
+            self.values[name] = self.clipped[name][2]()
         if name not in self.values:
             if name not in self.constants:
                 raise FileFormatError(f"onnx.load: there is no value {name!r}")

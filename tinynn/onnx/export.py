@@ -36,8 +36,9 @@ def export(model: Module, example: npt.ArrayLike | Tensor, path: PathLike) -> No
     `example` is a batch of inputs; its values do not matter. The input and the output keep their
     axes (images are NHWC; inside they are NCHW), the batch axis is symbolic, weights have the names
     of their parameters, nodes those of their modules. Weights on a grid are written as int8 with a
-    DequantizeLinear, activations on one through QuantizeLinear and DequantizeLinear. Where ranges
-    are found at run time, sums are ConvInteger and MatMulInteger: see `tinynn.onnx.dynamic`.
+    DequantizeLinear, activations on one through QuantizeLinear and DequantizeLinear: `onnx.load`
+    reads them. Where ranges are found at run time, sums are ConvInteger and MatMulInteger, see
+    `tinynn.onnx.dynamic`; those files, and those of the ef-operator, are for other runtimes only.
 
     Other runtimes saturate sums of products of bytes on x86 processors without VNNI, and give other
     answers than the model there. Weights of 7 bits leave these sums room: quantise by

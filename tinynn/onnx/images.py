@@ -8,8 +8,8 @@ import numpy as np
 
 from kernels.geometry import Padding, Pair
 from tinynn import nn
-from tinynn.nn.module import Module
 from tinynn.onnx.builder import Call
+from tinynn.onnx.grids import on_grid
 from tinynn.onnx.network import Border
 from tinynn.op import Array
 
@@ -217,8 +217,7 @@ def _finish(call: Call, layer: Any, form: str, values: Array) -> None:
     if call.has(2):
         layer.bias = call.parameter(2, "bias", call.constant(2, "bias"))
     layer.check()
-    result: Module = layer
-    call.result(call.add(result, [call.image(0)], "image"))
+    call.result(call.add(on_grid(call, layer), [call.image(0)], "image"))
 
 
 def _pair(sizes: Any) -> Pair:

@@ -13,6 +13,10 @@ from tinynn.onnx.source import check, read, to_array
 from tinynn.storage import PathLike
 
 _FLOATS = {1, 11}  #: TensorProto's float and double
+_OWN = (
+    " (of what tinynn exports, models of quantize.dynamic and of the ef-operator are for other "
+    "runtimes only: keep them with tn.save)"
+)
 _DOMAINS = ("", "ai.onnx")
 
 
@@ -22,16 +26,22 @@ def load(path: PathLike) -> Network:
     Inputs and outputs have the axes that the file gives them; inside, images are NHWC. Weights and
     vectors from initialisers are Parameters; single numbers and Constant nodes are not trained.
 
+    QuantizeLinear and DequantizeLinear become `Quantized` modules, of activations and of weights in
+    int8, as `quantize.int8` has them: what it made is exported, loaded and compiled again. What
+    `quantize.dynamic` made, and layers of the ef-operator, are exported for other runtimes only;
+    keep those models with `tn.save`.
+
     Raises UnsupportedError, which names the operator, its node and the attribute, for what tinynn
     has no counterpart for; FileFormatError for a file that is broken or keeps data elsewhere;
     MissingPackageError without the onnx package.
     """
     onnx = library("onnx.load")
     model, version = read(onnx, path)
+    own = _OWN if model.producer_name == "tinynn" else ""
     for node in model.graph.node:
         if node.domain not in _DOMAINS or node.op_type not in OPERATORS:
             kind = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-            raise UnsupportedError(f"onnx.load: operator {kind} of node {_name(node)!r}")
+            raise UnsupportedError(f"onnx.load: operator {kind} of node {_name(node)!r}{own}")
     check(onnx, model, path)
     try:
         return _build(onnx, model, version).eval()

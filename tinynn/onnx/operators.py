@@ -10,6 +10,7 @@ import numpy as np
 from tinynn import nn
 from tinynn.nn.module import Module
 from tinynn.onnx.builder import Call, Data
+from tinynn.onnx.grids import clip, dequantize, on_grid, quantize
 from tinynn.onnx.images import average_pool, conv, conv_transpose, max_pool
 from tinynn.onnx.network import (
     Arithmetic,
@@ -165,7 +166,7 @@ def _linear(call: Call, x: Data, weight: np.ndarray, form: object, beta: float) 
             full = np.broadcast_to(np.asarray(beta, c.dtype) * c.reshape(-1), (n,))
             layer.bias = call.parameter(2, f"bias {beta} {n}", full)
             rest = False
-    y = call.add(layer, [x])
+    y = call.add(on_grid(call, layer), [x])
     if rest:
         y = call.add(Arithmetic("add"), [y, _scaled(call, call.plain(2), beta)])
     return y
@@ -192,6 +193,9 @@ def _matmul(call: Call) -> None:
     if 1 in ranks:
         raise call.refuse("an operand of one axis; required two or more")
     if call.is_constant(1) and call.constant(1, "B").ndim == 2:
+        if ranks[0] == 2:
+            call.result(_linear(call, call.plain(0), call.constant(1, "B"), (False, 1.0), 1.0))
+            return
         weight = call.parameter(1, "matrix", call.constant(1, "B"))
         call.result(call.add(Product(weight), [call.plain(0)]))
         return
@@ -426,6 +430,9 @@ OPERATORS: dict[str, Callable[[Call], None]] = {
     "Abs": partial(_unary, partial(Function, "absolute")),
     "Neg": partial(_unary, partial(Function, "neg")),
     "Pow": _power,
+    "Clip": clip,
+    "QuantizeLinear": quantize,
+    "DequantizeLinear": dequantize,
     "Softmax": partial(_softmax, "softmax"),
     "LogSoftmax": partial(_softmax, "log_softmax"),
     "Gemm": _gemm,
