@@ -20,8 +20,8 @@ import numpy as np
 
 from kernels import pointwise
 
-#: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", figures 16 and 17, in
-#: the variant 13 of Stafford 2011, "Better bit mixing". Files depend on them: they never change.
+#: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", with the variant 13
+#: of Stafford 2011, "Better bit mixing". Files depend on them: they never change.
 _GAMMA = 0x9E3779B97F4A7C15
 _MIXES = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
@@ -59,9 +59,8 @@ def weights_grad(grad: np.ndarray, buckets: Shape, seed: int) -> np.ndarray:
 
 def fitted(w: np.ndarray, buckets: Shape, seed: int) -> np.ndarray:
     """The values whose weights have the least squared distance from w: means; 0 for no weights."""
-    used = np.bincount(_table(w.shape, buckets, seed).reshape(-1) % sum(buckets))
-    counts = np.zeros(sum(buckets))
-    counts[: len(used)] = used
+    size = sum(buckets)
+    counts = np.bincount(_table(w.shape, buckets, seed).reshape(-1) % size, minlength=size)
     sums = weights_grad(w.astype(np.float64), buckets, seed)
     return (sums / np.maximum(counts, 1)).astype(w.dtype)
 

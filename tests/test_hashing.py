@@ -120,6 +120,10 @@ def test_expanded_models_compute_the_same_and_other_passes_go_on() -> None:
     assert kinds(plain) == kinds(model)
     assert plain.size() == model.size()
     np.testing.assert_array_equal(run(plain), run(small))
+    for layer in (small[7], small[4]):  # type: ignore[index]
+        alone: Any = hashing.expanded(layer.eval())
+        assert isinstance(alone, nn.Linear | nn.PointwiseConv2d) and not alone.training
+        np.testing.assert_array_equal(alone.weight.data, layer.weights().data)
     byte = quantize.int8(plain, [X])
     assert np.isfinite(run(byte)).all()
     # a batch norm behind a hashed layer stays apart
@@ -163,8 +167,6 @@ def test_what_cannot_be_hashed_is_refused() -> None:
             hashing.hashed(head, 0.5, **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="Sequential"):
         hashing.hashed(model_head(), 0.5)
-    with pytest.raises(ConfigError, match="Sequential"):
-        hashing.expanded(hashing.hashed(head, 0.5)[0])  # type: ignore[index]
     shared = nn.Sequential(model_head(), nn.Linear(3, 16, rng=np.random.default_rng(0)))
     shared.again = nn.Linear(16, 3, rng=np.random.default_rng(0))
     shared.again.weight = shared[0].weight

@@ -74,7 +74,7 @@ def hashed(
 def expanded(model: Module) -> Module:
     """A new model in which hashed layers are plain ones of the weights that they had made."""
     if isinstance(model, HashedLinear | HashedConv2d):
-        raise ConfigError("hashing: required layers inside a model; put this one in a Sequential")
+        return _expanded(model).train(model.training)
     return exchange(model, {p: _expanded(layer) for p, layer in hashed_layers(model).items()})
 
 

@@ -347,11 +347,11 @@ def origin_of(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> Origin | 
     """What `head` and `arrays` say that an array was made of: of the form "hashed" alone."""
     if head.get("form") != "hashed":
         return None
-    buckets: Any = head.get("buckets")
+    buckets, seed = head.get("buckets"), head.get("seed")
     if not isinstance(buckets, list):
         raise FileFormatError(f"required a list of buckets; came {str(buckets)[:80]}")
     try:
-        op = Hashed(_shape(head), tuple(buckets), head.get("seed", 0))
+        op = Hashed(_shape(head), tuple(buckets), seed)  # type: ignore[arg-type]
     except ConfigError as error:
         raise FileFormatError(str(error)) from error
     values = _part(arrays, "values", np.float32, sum(op.buckets))
