@@ -138,6 +138,7 @@ def quarters(code: Any, y: Any, order: list[int]) -> Any:
 
 
 def vector(count: int) -> Any:
+    """The type of so many bytes."""
     return ir.VectorType(I8, count)
 
 

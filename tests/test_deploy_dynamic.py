@@ -16,7 +16,7 @@ from kernels import int8, simd
 from kernels.geometry import Window, window
 from tinynn import nn
 from tinynn.compress import integers, quantize
-from tinynn.errors import ShapeError
+from tinynn.errors import CompileError
 from tinynn.models import thesis
 from tinynn.nn.quantized import DynamicQuantizer, affine
 
@@ -158,5 +158,5 @@ def test_sums_beyond_int32_are_refused() -> None:
     model = dynamic(nn.Sequential(nn.Linear(140_000, 1, rng=rng)), (140_000,))
     weight = next(p for p in model.parameters() if p.ndim == 2)
     weight.mutate()[...] = weight.data.max()
-    with pytest.raises(ShapeError, match="2147483647"):
+    with pytest.raises(CompileError, match="2147483647"):
         tn.compile(model, images(rng, 1, 140_000))

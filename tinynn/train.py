@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -27,10 +27,9 @@ from tinynn.schedule import Constant, Schedule
 from tinynn.storage import PathLike, write_bytes
 from tinynn.tensor import Tensor, no_grad
 
-if TYPE_CHECKING:
-    from tinynn.deploy import Plan
-
 Loss = Callable[[Tensor, Any], Tensor]
+#: What gives an array for a batch: a plan, for instance.
+Runs = Callable[[Any], Array]
 
 
 @dataclass
@@ -184,8 +183,8 @@ def fit(
     return history
 
 
-def evaluate(model: Module | Plan, data: Iterable[Any], loss: Loss) -> float:
-    """The mean loss over all rows of `data`, in eval mode and without a tape."""
+def evaluate(model: Module | Runs, data: Iterable[Any], loss: Loss) -> float:
+    """The mean loss of a model or plan over all rows of `data`, in eval mode and without a tape."""
     total, rows = 0.0, 0
     with _in_use(model) as run:
         for x, y in data:
@@ -197,8 +196,11 @@ def evaluate(model: Module | Plan, data: Iterable[Any], loss: Loss) -> float:
     return total / rows
 
 
-def predict(model: Module | Plan, data: Iterable[Any]) -> tuple[Array, Array]:
-    """(outputs, targets) of all rows of `data`, in its order, in eval mode and without a tape."""
+def predict(model: Module | Runs, data: Iterable[Any]) -> tuple[Array, Array]:
+    """(outputs, targets) of a model or plan for all rows of `data`, in its order.
+
+    In eval mode and without a tape.
+    """
     outputs, targets = [], []
     with _in_use(model) as run:
         for x, y in data:
@@ -210,7 +212,7 @@ def predict(model: Module | Plan, data: Iterable[Any]) -> tuple[Array, Array]:
 
 
 @contextmanager
-def _in_use(model: Module | Plan) -> Iterator[Callable[[Any], Tensor]]:
+def _in_use(model: Module | Runs) -> Iterator[Callable[[Any], Tensor]]:
     """What gives the results for a batch, without a tape: of a model in eval mode."""
     with no_grad():
         if not isinstance(model, Module):

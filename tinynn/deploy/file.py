@@ -39,10 +39,12 @@ Stored = dict[str, Array]
 def to_file(net: Network, deflated: bool = False) -> tuple[Stored, dict[str, str]]:
     """The arrays and the metadata of the file that `storage.write_tensors` is to write."""
     text, data = describe(net)
-    rows = None
+    whole = wrapped(text, data)
     if deflated:
-        data, rows = deflate(data, json.loads(text))
-    return wrapped(text, data, rows), {"format": _FORMAT}
+        small = wrapped(text, *deflate(data, json.loads(text)))
+        if sum(a.nbytes for a in small.values()) < sum(a.nbytes for a in whole.values()):
+            whole = small
+    return whole, {"format": _FORMAT}
 
 
 def wrapped(text: str, data: bytes, streams: Any = None) -> Stored:
