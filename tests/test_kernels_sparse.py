@@ -24,9 +24,15 @@ DENSITY = st.sampled_from([0.0, 0.05, 0.3, 0.9, 1.0])
 
 @pytest.fixture(params=["serial", "parallel"], scope="module", autouse=True)
 def variant(request):
-    """Every test runs with either version of the kernels, whatever the size of its arrays."""
+    """Every test runs with either version of the kernels, whatever the size of its arrays.
+
+    The parallel one with blocks of one size only: each is a kernel, and takes seconds to compile.
+    """
+    parallel, plan = request.param == "parallel", sparse.plan
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_jit, "PARALLEL_BYTES", 0 if request.param == "parallel" else 1 << 60)
+        patch.setattr(_jit, "PARALLEL_BYTES", 0 if parallel else 1 << 60)
+        if parallel:
+            patch.setattr(sparse, "plan", lambda *args: plan(*args)._replace(vectors=2))
         yield
 
 
