@@ -25,7 +25,7 @@ from tinynn.deploy.origin import Origin
 from tinynn.deploy.steps import FLOAT, LARGEST, Layer, Step
 from tinynn.errors import FileFormatError, ShapeError
 from tinynn.op import Array, Shape
-from tinynn.storage import parse_json
+from tinynn.storage import parse_json, tensor_bytes
 
 _FORMAT = "tinynn plan 3"
 _READ = ("tinynn plan 2", _FORMAT)  # the older one has no form with a width or a book a channel
@@ -37,14 +37,15 @@ Stored = dict[str, Array]
 
 
 def to_file(net: Network, deflated: bool = False) -> tuple[Stored, dict[str, str]]:
-    """The arrays and the metadata of the file that `storage.write_tensors` is to write."""
+    """The arrays and the metadata of the file that `storage.write_tensors` is to write.
+
+    `deflated` if that makes it smaller: a small network's list of streams may take more.
+    """
     text, data = describe(net)
-    whole = wrapped(text, data)
+    kind, ways = {"format": _FORMAT}, [wrapped(text, data)]
     if deflated:
-        small = wrapped(text, *deflate(data, json.loads(text)))
-        if sum(a.nbytes for a in small.values()) < sum(a.nbytes for a in whole.values()):
-            whole = small
-    return whole, {"format": _FORMAT}
+        ways.append(wrapped(text, *deflate(data, json.loads(text))))
+    return min(ways, key=lambda arrays: len(tensor_bytes(arrays, kind))), kind
 
 
 def wrapped(text: str, data: bytes, streams: Any = None) -> Stored:
