@@ -21,7 +21,7 @@ RATE = 0.05  #: at which tuning begins
 LABELS_RATE = 0.02  #: by labels
 FOLDED_RATE = 1e-4  #: without batch normalisation
 SHARED_RATE = 5e-6  #: of values that many weights share, whose gradients are summed
-CRITERIA = ("magnitude", "random", "taylor", "fisher", "brain damage")
+CRITERIA = ("magnitude", "lamp", "random", "taylor", "fisher", "brain damage")
 CHANNELS = ("l1", "l2", "scale", "count", "variance", "taylor", "fisher", "random")
 RANGES = ("min-max", "percentile", "squared error", "KL")
 #: stem, widths of the blocks

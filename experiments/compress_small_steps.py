@@ -116,7 +116,7 @@ def _design(shop: Workshop, model: Module, step: Record) -> Module:
 
 @step("train")
 def _train(shop: Workshop, model: Module, step: Record) -> Module:
-    """Training from `rate` on, by labels or by the `teacher` at that path.
+    """Training from `rate` on, by labels or by the `teacher` at that path, `views` an image.
 
     With `sparsity`, weights are pruned gradually in the first three quarters of it.
     """
@@ -136,7 +136,8 @@ def _train(shop: Workshop, model: Module, step: Record) -> Module:
         settings["l2"] = 0.0  # what the teacher computes is not to be made smaller
     # the accuracy that counts is measured at the end, on all images
     sets = shop.sets._replace(test=shop.sets.test.take(1000))
-    classify.train(model, sets, settings, shop.rng, shop.context, gradual, teacher)
+    views = step.get("views", 0)
+    classify.train(model, sets, settings, shop.rng, shop.context, gradual, teacher, views)
     return model
 
 
@@ -180,6 +181,8 @@ def _products(model: Module) -> list[str]:
 def _score(shop: Workshop, model: Module, name: str) -> sparsify.Score:
     if name == "magnitude":
         return sparsify.magnitude
+    if name == "lamp":
+        return sparsify.lamp
     if name == "random":
         return sparsify.random(shop.rng)
     if name == "taylor":

@@ -62,6 +62,20 @@ def test_a_global_share_takes_from_the_layers_with_small_weights() -> None:
     assert sum(np.count_nonzero(p.data) for p in others) > 0.9 * 0.4 * (90 + 45 + 15) / 2
 
 
+def test_lamp_compares_layers_whatever_their_scale() -> None:
+    row = np.float32([[3.0, -1.0], [0.0, 2.0]])
+    np.testing.assert_allclose(sparsify.lamp("", row), [[1, 1 / 14], [0, 4 / 13]])
+    np.testing.assert_array_equal(sparsify.lamp("", np.zeros((2, 2), np.float32)), 0)
+    model, scaled = net(), net()
+    scaled.parameters()[0].mutate()[...] *= np.float32(2.0**-7)
+    first, second = (
+        weights(sparsify.weights(m, sparsify.lamp, sparsify.share(0.4, "global")))
+        for m in (model, scaled)
+    )
+    for name in first:
+        np.testing.assert_array_equal(first[name].mask, second[name].mask)
+
+
 def test_masks_hold_in_training_and_are_not_saved(tmp_path: Path) -> None:
     slim = sparsify.weights(net(), sparsify.magnitude, sparsify.share(0.3))
     zero = {n: p.data == 0 for n, p in weights(slim).items()}

@@ -41,6 +41,22 @@ def magnitude(name: str, weights: Array) -> Array:
     return np.abs(weights)
 
 
+def lamp(name: str, weights: Array) -> Array:
+    """w^2 over the sum of all squares of the layer that are not smaller, for `share` "global".
+
+    The largest weight of a layer has 1, so that no layer is emptied, and weights of layers of
+    different scales can be compared (Lee et al. 2021, "Layer-adaptive sparsity for the
+    magnitude-based pruning", eq. 3). Of equal weights the later ones count as larger.
+    """
+    squares = np.square(weights.ravel(), dtype=np.float64)
+    order = np.argsort(squares, kind="stable")
+    ascending = squares[order]
+    left = np.cumsum(ascending[::-1])[::-1]  # of this weight and all that are larger
+    scores = np.zeros_like(squares)
+    scores[order] = np.divide(ascending, left, out=np.zeros_like(left), where=left > 0)
+    return scores.reshape(weights.shape)
+
+
 def random(rng: np.random.Generator) -> Score:
     """Scores that know nothing: the control of every criterion."""
     return lambda name, weights: rng.random(weights.shape)
