@@ -17,7 +17,7 @@ import tinynn as tn
 from experiments import pictures
 from experiments.runner import OPTIMIZERS, Context, Option, Record, Row, flag, spread
 from tinynn import metrics, nn
-from tinynn.data import Augment, Dataset, ImageBatches
+from tinynn.data import Augment, Dataset
 from tinynn.errors import ConfigError
 from tinynn.op import Array
 from tinynn.schedule import Constant, Cosine, MultiStep, Schedule
@@ -132,26 +132,6 @@ class Taught:
         self.data.load_state_dict(state)
 
 
-def outputs(
-    data: Dataset,
-    augment: Augment,
-    rng: np.random.Generator,
-    teacher: Callable[[Array], Array],
-    views: int,
-) -> Array:
-    """What `teacher` gives for each image, on average over so many augmented views: (n, outputs).
-
-    One model that sees an image several times is right more often than when it sees it once.
-    """
-    numbered = ImageBatches(
-        data.images, np.arange(len(data)), EVALUATION_BATCH, rng, augment, shuffle=False
-    )
-    total: Any = 0
-    for _ in range(views):
-        total = total + np.concatenate([teacher(x) for x, _ in numbered])
-    return np.asarray(total / np.float32(views))
-
-
 def train(
     model: nn.Module,
     sets: Sets,
@@ -160,13 +140,11 @@ def train(
     context: Context,
     each_step: Callable[[int], None] | None = None,
     teacher: Callable[[Array], Array] | None = None,
-    views: int = 0,
 ) -> Record:
     """Train and evaluate `model`; a checkpoint in `context.files` lets a run be taken up again.
 
     `each_step` is called after every update with the number of steps so far. With a `teacher` the
-    labels are not read: its outputs for the same augmented images are what `model` is to give, or
-    with `views` its mean `outputs` over so many of each image, found once beforehand.
+    labels are not read: its outputs for the same augmented images are what `model` is to give.
     Returns the training's curve (a record an epoch), the seconds for which steps waited for images,
     and what `evaluate` gives.
     """
@@ -174,14 +152,7 @@ def train(
     data: Any = sets.train.batches(config["batch"], rng, augment, drop_last=True)
     loss: Loss = partial(tn.softmax_cross_entropy, smoothing=config["smoothing"])
     if teacher is not None:
-        loss = tn.mse
-        if views:
-            targets = outputs(sets.train, augment, rng.spawn(1)[0], teacher, views)
-            data = ImageBatches(
-                sets.train.images, targets, config["batch"], rng, augment, drop_last=True
-            )
-        else:
-            data = Taught(data, teacher)
+        data, loss = Taught(data, teacher), tn.mse
     steps = round(config["epochs"] * len(data)) or config["steps"]
     if not steps:
         raise ConfigError(f"required {flag('epochs')} or {flag('steps')} above 0; came none")

@@ -116,11 +116,13 @@ def _design(shop: Workshop, model: Module, step: Record) -> Module:
 
 @step("train")
 def _train(shop: Workshop, model: Module, step: Record) -> Module:
-    """Training from `rate` on, by labels or by the `teacher` at that path, `views` an image.
+    """Training from `rate` on, by labels or by the `teacher` at that path.
 
-    With `sparsity`, weights are pruned gradually in the first three quarters of it.
+    A `pad` of its own stands for the setting. With `sparsity`, weights are pruned gradually in the
+    first three quarters of it.
     """
     settings = {**shop.config, "epochs": step["epochs"], "lr": step["rate"]}
+    settings["pad"] = step.get("pad", settings["pad"])
     steps = round(step["epochs"] * (len(shop.sets.train) // settings["batch"]))
     gradual = teacher = None
     if "sparsity" in step:
@@ -136,8 +138,7 @@ def _train(shop: Workshop, model: Module, step: Record) -> Module:
         settings["l2"] = 0.0  # what the teacher computes is not to be made smaller
     # the accuracy that counts is measured at the end, on all images
     sets = shop.sets._replace(test=shop.sets.test.take(1000))
-    views = step.get("views", 0)
-    classify.train(model, sets, settings, shop.rng, shop.context, gradual, teacher, views)
+    classify.train(model, sets, settings, shop.rng, shop.context, gradual, teacher)
     return model
 
 

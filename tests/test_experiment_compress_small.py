@@ -13,7 +13,7 @@ import pytest
 import tinynn as tn
 from experiments import compress_small_findings as findings
 from experiments import compress_small_recipes as recipes
-from experiments.classify import Sets, Taught, outputs
+from experiments.classify import Sets, Taught
 from experiments.compress_small import EXPERIMENT, on_dense_kernels
 from experiments.compress_small_costs import (
     CACHE_BYTE,
@@ -130,18 +130,6 @@ def test_a_training_by_a_teacher_goes_on_with_the_images_that_are_left() -> None
         assert np.array_equal(x, same) and np.array_equal(y, answers)
 
 
-def test_a_teachers_outputs_are_means_over_views_of_each_image_in_order() -> None:
-    images = np.random.default_rng(0).integers(0, 255, (300, 2, 2, 1)).astype(np.uint8)
-    data = Dataset("noise", images, np.arange(300) % 2, ("a", "b"))
-    rng = np.random.default_rng(1)
-    found = outputs(data, Augment(flip=True), rng, lambda x: x[:, 0, :, 0], 3)
-    left, right = (images[:, 0, n, 0] / np.float32(255) for n in ([0, 1], [1, 0]))
-    of_four = [(n * left + (3 - n) * right) / 3 for n in range(4)]
-    nearest = np.abs(np.stack(of_four) - found).max(axis=2).min(axis=0)
-    assert found.shape == (300, 2) and found.dtype == np.float32 and nearest.max() < 1e-6
-    assert all(np.abs(found - one).max() > 0.1 for one in of_four)  # a view is drawn for each
-
-
 def test_statistics_anew_are_those_of_images_as_training_shows_them(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(100, 255, (400, 8, 8, 3)).astype(np.uint8)
     data = Dataset("noise", images, np.arange(400) % 2, ("a", "b"))
@@ -241,7 +229,6 @@ def test_a_taught_model_is_trained_towards_its_teacher(tmp_path: Path) -> None:
         return float(np.abs(found(tn.Tensor(x)).data - model(tn.Tensor(x)).data).mean())
 
     assert far([load]) == 0 and far([*hurt, tune]) < 0.5 * far(hurt)
-    assert far([*hurt, {**tune, "views": 2}]) < 0.5 * far(hurt)
 
 
 class Logarithm(nn.Module):
