@@ -118,8 +118,9 @@ def _pruning(cells: dict[str, Record], dense: Record) -> str:
         return ""
     name = min(found, key=lambda n: _lost(found[n], dense))
     best = found[name]
-    control = cells.get("dense, tuned")
-    also = f"; the dense model so trained loses {_lost(control, dense):+.2f}" if control else ""
+    trained = {n: c for n, c in _of(cells, "dense").items() if c["tuning_epochs"]}
+    control = min(trained, key=lambda n: _lost(trained[n], dense), default=None)
+    also = f"; {control!r} loses {_lost(trained[control], dense):+.2f}" if control else ""
     share = best["non_zeros"] / dense["non_zeros"]
     return _verdict(
         "pruning the small model cannot be recovered by retraining",

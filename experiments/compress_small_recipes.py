@@ -3,7 +3,8 @@
 `published` are those for the small CIFAR model, `quick` those for a tiny one, `sweep` the thesis'
 three thresholds against each other. Names say what is done; "tuned" models are trained afterwards,
 "gradual" ones meanwhile, to compute what the trained model computes; those "by labels" as that was
-trained. The table says for how many epochs. Code books and decimals come after batch norm was
+trained, those "nearly in place" too, at the end, with images moved by a pixel at most, where it had
+four: in the test they are not moved. The table says for how many epochs. Code books and decimals come after batch norm was
 folded: folding scales each channel, so that equal weights would differ again.
 """
 
@@ -54,6 +55,11 @@ def by_labels(steps: Recipe) -> Recipe:
     return [{k: v for k, v in item.items() if k != "teacher"} for item in steps]
 
 
+def in_place(epochs: float) -> Recipe:
+    """Training by labels on images that are moved by a pixel at most."""
+    return by_labels([{**tune(epochs, LABELS_RATE), "pad": 1}])
+
+
 def gradually(sparsity: float, epochs: float) -> Record:
     """Tuning during which weights are pruned, the smallest of all layers together."""
     return {**tune(epochs), "sparsity": sparsity, "scope": "global"}
@@ -68,7 +74,9 @@ def published(tuning: float, epochs: float) -> dict[str, dict[str, Recipe]]:
     """Recipes by group and name; `tuning` stretches all fine-tuning, `epochs` trains designs."""
     groups: dict[str, dict[str, Recipe]] = {
         "dense": {
-            "dense": [], "dense, by labels": by_labels([tune(1.0, LABELS_RATE)])
+            "dense": [],
+            "dense, by labels": by_labels([tune(1.0, LABELS_RATE)]),
+            "dense, nearly in place": in_place(1.5),
         },
         "weights": _weights(),
         "channels": _channels(),
@@ -120,6 +128,7 @@ def _weights() -> dict[str, Recipe]:
         "weights 50 %, magnitude, statistics old": [do("weights", kept=0.5, scope="global")],
         "weights below the mean": [do("threshold", width=0.0), ANEW],
         "weights 70 %, gradual": PRUNED,
+        "weights 70 %, gradual, nearly in place": [*PRUNED, *in_place(1.5)],
         "weights 90 %, gradual": MORE_PRUNED,
         "weights 70 %, one shot, by labels": [
             do("weights", kept=0.3, scope="global"), *by_labels([tune(1.0, LABELS_RATE)])
@@ -182,6 +191,7 @@ def _combined() -> dict[str, Recipe]:
         ],
         "90 % pruned, 16 values, float16": [*MORE_PRUNED, *clustered, FLOAT16],
         "70 % pruned, int8": [*PRUNED, int8],
+        "70 % pruned, nearly in place, int8": [*PRUNED, *in_place(1.5), int8],
         "90 % pruned, int8": [*MORE_PRUNED, int8],
         "30 % of channels off, 16 values, float16": [*SLIM, *clustered, FLOAT16],
         "30 % of channels off, int8": [*SLIM, int8],
