@@ -4,8 +4,9 @@
 three thresholds against each other. Names say what is done; "tuned" models are trained afterwards,
 "gradual" ones meanwhile, to compute what the trained model computes; those "by labels" as that was
 trained, those "nearly in place" too, at the end, with images moved by a pixel at most, where it had
-four: in the test they are not moved. The table says for how many epochs. Code books and decimals come after batch norm was
-folded: folding scales each channel, so that equal weights would differ again.
+four: in the test they are not moved. The table says for how many epochs. Code books and decimals
+come after batch norm was folded: folding scales each channel, so that equal weights would differ
+again.
 """
 
 from __future__ import annotations
