@@ -426,9 +426,9 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, name: str) -> Non
 
 @pytest.mark.parametrize("name", ["training", "size", "copy", "forward"])
 def test_parts_do_not_hide_what_every_module_has(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"Sequential.{name}: modules have"):
+    with pytest.raises(ConfigError, match=f"Sequential.{name}: required another name"):
         nn.Sequential(**{name: nn.ReLU()})
-    with pytest.raises(ConfigError, match=f"Sequential.{name}: modules have"):
+    with pytest.raises(ConfigError, match=f"Sequential.{name}: required another name"):
         setattr(net(), name, nn.Parameter([1.0]))
 
 

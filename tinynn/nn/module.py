@@ -204,7 +204,8 @@ class Module:
             )
         if isinstance(value, Module | Tensor) and hasattr(Module, name):
             raise ConfigError(
-                f"{type(self).__name__}.{name}: modules have something of this name; rename the part"
+                f"{type(self).__name__}.{name}: required another name; modules have something of "
+                "this one"
             )
         super().__setattr__(name, value)
 

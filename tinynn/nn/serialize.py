@@ -155,7 +155,7 @@ class _Builder:
 
 
 def _is_reserved(kind: type[Module], name: str) -> bool:
-    """Whether a file may not set this attribute: it is private, or would hide what the class has."""
+    """Whether a file must not set this attribute: private, or hiding what the class has."""
     shadows = hasattr(Module, name) or callable(getattr(kind, name, None))
     return name.startswith("_") or shadows or isinstance(vars(kind).get(name), property)
 
