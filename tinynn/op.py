@@ -55,7 +55,7 @@ class Op:
     #: the same for the backward rule, of ops that have a kernel for it
     gradients: ClassVar[Mapping[str, Callable[..., Any]]] = {}
     #: what tests, benches and profiles run the op on
-    samples: ClassVar[Callable[[], list[Sample]]] = staticmethod(lambda: [])
+    samples: ClassVar[Callable[[], list[Sample]]] = staticmethod(list)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

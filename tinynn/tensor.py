@@ -161,6 +161,12 @@ class Tensor:
         """The value of a Tensor with one element."""
         return self._data.item()
 
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec else str(self)
+
     def numpy(self) -> Array:
         """A copy of the values."""
         return self._data.copy()
