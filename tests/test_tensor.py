@@ -209,14 +209,6 @@ def test_mixed_floating_dtypes_are_refused_by_name() -> None:
         Tensor(np.arange(3), requires_grad=True)
 
 
-def test_one_number_is_taken_and_shown_as_one() -> None:
-    loss = Tensor([1.25])
-    assert float(loss) == 1.25
-    assert f"{loss:.1f}" == "1.2" and f"{loss}" == str(loss)
-    with pytest.raises(ValueError, match="size 1"):
-        float(Tensor([1.0, 2.0]))
-
-
 def test_iteration_and_length_end() -> None:
     x = Tensor(np.arange(3.0))
     assert [t.item() for t in x] == [0, 1, 2]

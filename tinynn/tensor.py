@@ -161,12 +161,6 @@ class Tensor:
         """The value of a Tensor with one element."""
         return self._data.item()
 
-    def __float__(self) -> float:
-        return float(self.item())
-
-    def __format__(self, spec: str) -> str:
-        return format(self.item(), spec) if spec else str(self)
-
     def numpy(self) -> Array:
         """A copy of the values."""
         return self._data.copy()
@@ -242,8 +236,8 @@ def run(op: Op, *inputs: Tensor) -> tuple[Tensor, Saved]:
     arrays = tuple(t._data for t in inputs)
     check_dtypes(op, arrays)
     result, saved = op.forward(*arrays)
-    if any(result is a for a in arrays):
-        result = result.view()  # traces know values by their arrays: the result is another one
+    if any(result is a for a in arrays):  # traces tell values apart by their arrays
+        result = result.view()
     out = Tensor(result, copy=False)
     if result.base is not None:  # a view shares the fate of what it looks at
         for t in inputs:
