@@ -337,13 +337,16 @@ def draw_classes(run: Record) -> Figure:
         left, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
         pictures.confusion(left, np.array(run["confusion"]), classes)
         left.set_title(f"{run['cell']}, seed {run['seed']}: % of the true class")
-        recall = 100 * np.array(list(run["class_recall"].values()))
+        # None, of a run taken up from its record, becomes NaN again: no image is of that class
+        recall = 100 * np.array(list(run["class_recall"].values()), np.float64)
         right.barh(range(len(classes)), recall, color=pictures.BLUE)
         if len(classes) <= 20:
             right.set_yticks(range(len(classes)), classes)
         right.invert_yaxis()
         right.axvline(100 * run["accuracy"], color=pictures.BLACK, linewidth=1, linestyle="--")
-        right.set(xlabel="recall, % (dashed: all classes)", xlim=(max(0, recall.min() - 10), 100))
+        right.set(
+            xlabel="recall, % (dashed: all classes)", xlim=(max(0, np.nanmin(recall) - 10), 100)
+        )
         return figure
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.style
@@ -60,7 +61,30 @@ DEFAULTS: dict[str, Record] = {
     "mnist": {"epochs": 3.0, "pad": 2, "flip": False, "crop": 28, "lr": 0.1},
     "cifar10": {"epochs": 10.0, "crop": 24, "pad": 0, "lr": 0.1},
 }
-OPTIONS: dict[str, Option] = {k: v for k, v in classify.OPTIONS.items() if k != "dataset"}
+
+
+def _settings(dataset: str, full: bool) -> Record:
+    """Every setting on a data set, before what the command line says."""
+    own = DEFAULTS["mnist" if dataset == "glyphs" else dataset]
+    shared = {n: o.literal if full else o.default for n, o in classify.OPTIONS.items()}
+    if full:
+        return shared | {k: v for k, v in own.items() if k in ("flip", "crop", "pad")} | THESIS
+    return shared | own
+
+
+def _told(name: str) -> str:
+    """The values of a setting, as --help shows them."""
+    words = []
+    for full in (False, True):
+        values = {dataset: _settings(dataset, full)[name] for dataset in DATASETS}
+        several = ", ".join(f"{dataset} {value}" for dataset, value in values.items())
+        words.append(several if len(set(values.values())) > 1 else str(values[DATASETS[0]]))
+    return words[0] if words[0] == words[1] else f"{words[0]}; literal {words[1]}"
+
+
+OPTIONS: dict[str, Option] = {
+    k: replace(v, told=_told(k)) for k, v in classify.OPTIONS.items() if k != "dataset"
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +92,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("conv_alternatives")
     group.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="which")
     group.add_argument(
-        "--dataset", nargs="+", choices=(*DATASETS, "glyphs"), default=None, help="on what"
+        "--dataset",
+        nargs="+",
+        choices=(*DATASETS, "glyphs"),
+        default=None,
+        help=f"on what (default: {' '.join(DATASETS)}; --quick: glyphs)",
     )
     add_options(group, OPTIONS)
 
@@ -81,13 +109,7 @@ def cells(args: argparse.Namespace) -> dict[str, Record]:
         asked["epochs"] = 0.0
     found = {}
     for dataset in datasets:
-        own = DEFAULTS["mnist" if dataset == "glyphs" else dataset]
-        settings = {n: o.literal if args.full else o.default for n, o in OPTIONS.items()}
-        if args.full:
-            settings |= {k: v for k, v in own.items() if k in ("flip", "crop", "pad")} | THESIS
-        else:
-            settings |= own
-        settings |= classify.quick_settings(args) | asked
+        settings = _settings(dataset, args.full) | classify.quick_settings(args) | asked
         settings |= {"milestones": list(MILESTONES), "dataset": dataset}
         for kind in args.kind:
             found[f"{dataset}, {kind}"] = {"kind": kind, **settings}

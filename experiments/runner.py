@@ -49,6 +49,7 @@ class Option:
     """A setting: its default, its value in the literal recipe, what --help says, what is allowed.
 
     A number is finite, at least `least`, above `above` and below `below`, where these are given.
+    `told` is what --help says of default and literal value where those are not one value each.
     """
 
     default: Any
@@ -58,6 +59,7 @@ class Option:
     least: float = -math.inf
     above: float = -math.inf
     below: float = math.inf
+    told: str = ""
 
     def check(self, name: str, value: Any) -> None:
         """Raise ConfigError, naming the flag, what it requires and what came."""
@@ -160,8 +162,8 @@ def flag(name: str) -> str:
 def add_options(group: argparse._ArgumentGroup, options: Mapping[str, Option]) -> None:
     """Add a flag for every option. Only flags that were written become attributes."""
     for name, option in options.items():
-        told = f"{option.help} [{option.default}"
-        told += "]" if option.default == option.literal else f"; literal {option.literal}]"
+        literal = "" if option.default == option.literal else f"; literal {option.literal}"
+        told = f"{option.help} [{option.told or f'{option.default}{literal}'}]"
         common: Record = {"default": argparse.SUPPRESS, "help": told}
         if isinstance(option.default, bool):
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, **common)

@@ -23,7 +23,7 @@ OPTIONS = {
     "init": Option(
         "truncated_normal", "truncated_normal", "initialiser", tuple(sorted(tn.init.by_name))
     ),
-    "steps": Option(300, 0, "steps a cycle; 0: by epochs", least=0),
+    "steps": Option(300, 0, "steps a cycle; 0, or --epochs alone: by epochs", least=0),
     "decay": Option("cosine", "none", "learning rate within a cycle", ("none", "cosine")),
     "epochs": Option(
         10, 10, "epochs a cycle if --steps is 0; 0: until the loss has converged", least=0
@@ -108,6 +108,8 @@ def recipe(args: argparse.Namespace, literal: bool) -> Record:
     config = {k: o.literal if literal else o.default for k, o in OPTIONS.items()}
     config |= QUICK if args.quick else FULL if args.full else {}
     changes = written(args, OPTIONS)
+    if "epochs" in changes and "steps" not in changes:
+        changes["steps"] = 0
     criterion = changes.pop("criterion", config["criterion"])
     if criterion == "random":
         return random_control(config | changes)

@@ -23,6 +23,14 @@ def test_a_tiny_run_of_two_kinds(tmp_path: Path) -> None:
     assert (tmp_path / "costs.png").stat().st_size > 1000
 
 
+def test_help_shows_what_holds_here(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(EXPERIMENT, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "epochs; 0: --steps says [mnist 3.0, cifar10 10.0; literal 0.0]" in text
+    assert "if --epochs is 0 [0; literal 50000]" in text and "learning rate [0.1]" in text
+
+
 def records(kind: str, accuracies: list[float]) -> list[dict[str, object]]:
     return [{"kind": kind, "dataset": "mnist", "accuracy": a} for a in accuracies]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -71,5 +72,21 @@ def test_a_png_is_a_png_and_other_endings_are_refused(tmp_path: Path) -> None:
     assert (tmp_path / "net.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match=r"\.svg or \.png"):
         graph.draw(tmp_path / "net.pdf")
+    graph.draw(tmp_path / "new" / "NET.SVG")
+    assert b"<svg" in (tmp_path / "new" / "NET.SVG").read_bytes()
+
+
+def test_a_drawing_that_fails_leaves_the_old_file_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, path = inception(np.random.default_rng(0)), tmp_path / "net.svg"
+    graph.draw(path)
+    before = path.read_bytes()
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match=r"net\.svg"):
-        graph.draw(tmp_path / "missing" / "net.svg")
+        graph.draw(path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -415,6 +415,23 @@ def test_unsavable_attributes_are_named(tmp_path: Path, bad: Any) -> None:
         nn.save(tmp_path / "m", model)
 
 
+@pytest.mark.parametrize("name", ["_hidden", "size", "kind", "rectifies"])
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, name: str) -> None:
+    model = net()
+    setattr(model, name, 3)
+    with pytest.raises(ConfigError, match=f"Sequential.{name}: cannot save"):
+        nn.save(tmp_path / "m", model)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("name", ["training", "size", "copy", "forward"])
+def test_parts_do_not_hide_what_every_module_has(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"Sequential.{name}: required another name"):
+        nn.Sequential(**{name: nn.ReLU()})
+    with pytest.raises(ConfigError, match=f"Sequential.{name}: required another name"):
+        setattr(net(), name, nn.Parameter([1.0]))
+
+
 def test_a_module_inside_itself_is_refused(tmp_path: Path) -> None:
     model = net()
     model.self = model

@@ -13,7 +13,7 @@ from scipy import fft
 from kernels.geometry import window
 from kernels.reference_compressed import splitmix64
 from tinynn import ops
-from tinynn.errors import DataError, DTypeError, ShapeError, TinynnError
+from tinynn.errors import ConfigError, DataError, DTypeError, ShapeError, TinynnError
 from tinynn.gradcheck import GradientError, gradcheck
 from tinynn.op import Op, Sample, registry, use_variant
 from tinynn.tensor import Tensor, apply
@@ -359,7 +359,10 @@ def test_non_finite_values_pass_as_ieee_says() -> None:
         (lambda: ops.var(np.ones(1), ddof=1), ShapeError, "more than 1"),
         (lambda: ops.concat([np.ones((2, 3)), np.ones((2, 4))], 0), ShapeError, "Concat"),
         (lambda: ops.concat([]), ShapeError, "at least one"),
+        (lambda: ops.transpose(np.ones((2, 3)), 1), ShapeError, "every axis"),
         (lambda: ops.pad(np.ones(2), [(1, -1)]), ShapeError, "Pad"),
+        (lambda: ops.pad(np.ones(2), [1]), DTypeError, "pair"),  # type: ignore[list-item]
+        (lambda: ops.pad(np.ones(2), [(0.5, 0)]), DTypeError, "whole"),  # type: ignore[list-item]
         (lambda: ops.scatter(np.ones(2), [1, 1], 3), ShapeError, "different places"),
         (lambda: ops.scatter(np.ones(2), [1, 3], 3), ShapeError, "different places"),
         (lambda: ops.scatter(np.ones(2), [1], 3), ShapeError, r"Scatter.*\(2,\)"),
@@ -383,6 +386,54 @@ def test_non_finite_values_pass_as_ieee_says() -> None:
 def test_bad_operands_are_refused_by_name(call: Any, error: type, words: str) -> None:
     with pytest.raises(error, match=words):
         call()
+
+
+def test_axes_are_one_tuple_or_several_numbers() -> None:
+    x = Tensor(np.arange(24.0).reshape(2, 3, 4))
+    for result in (x.transpose(1, 2, 0), x.transpose((1, 2, 0)), ops.transpose(x, axes=[1, 2, 0])):
+        np.testing.assert_array_equal(result.data, x.data.transpose(1, 2, 0))
+    np.testing.assert_array_equal(x.transpose().data, x.data.T)
+
+
+IMAGE = np.arange(18, dtype=np.float32).reshape(1, 3, 3, 2)
+KERNEL = np.ones((2, 2, 2, 1), np.float32)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, (1, 1.5), (1, 2, 3), "2", None, np.float32(2)])
+def test_a_stride_is_one_whole_number_or_two(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="conv2d: required stride >= 1"):
+        ops.conv2d(IMAGE, KERNEL, stride=wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [-1, 0.5, (1, 1), ((0, 0.5), (0, 0)), "full", None, np.ones((2, 2)), np.ones(2)]
+)
+def test_a_padding_is_a_word_or_whole_numbers(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="conv2d: padding is"):
+        ops.conv2d(IMAGE, KERNEL, padding=wrong)
+
+
+def test_whole_numbers_of_numpy_say_where_a_window_lies() -> None:
+    expected = ops.conv2d(IMAGE, KERNEL, stride=2, padding=1).data
+    two, ones = np.int64(2), np.ones((2, 2), np.int64)
+    for stride, padding in ((two, np.int8(1)), ((two, 2), ones)):
+        made = ops.conv2d(IMAGE, KERNEL, stride=stride, padding=padding)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(made.data, expected)
+
+
+@pytest.mark.parametrize("wrong", [(5.5, 4), (-3, -3), (1, 2, 3), None])
+def test_the_size_of_a_transposed_convolution_is_whole(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="required output >= 0"):
+        ops.conv_transpose2d(IMAGE, KERNEL, output=wrong)
+    with pytest.raises(ShapeError, match="a kernel that fits in 1 x 1"):
+        ops.conv_transpose2d(IMAGE[:, :1, :1], KERNEL, padding="valid")
+
+
+@pytest.mark.parametrize("pool", [ops.max_pool2d, ops.avg_pool2d])
+def test_every_window_of_a_pool_sees_a_pixel(pool: Any) -> None:
+    assert np.isfinite(pool(IMAGE, 2, stride=1, padding=1).data).all()
+    with pytest.raises(ShapeError, match="less padding than the window"):
+        pool(IMAGE, 2, stride=1, padding=((0, 2), (0, 0)))
 
 
 def test_gradcheck_finds_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,3 +267,18 @@ def test_shared_scales_are_few_and_cut_nothing(scales: list[float], count: int) 
     assert (after >= before * (1 - 1e-12)).all() and after.max() == before.max()
     widest = (before.max() / before.min()) ** (1 / count)
     assert (after <= before * widest * (1 + 1e-9)).all()
+
+
+def test_whole_numbers_have_a_histogram_too() -> None:
+    numbers = np.array([[0, 3], [-2, 3]])
+    seen = Histogram(8)
+    seen.add(numbers)
+    np.testing.assert_array_equal(seen.counts, histogram(numbers, bins=8).counts)
+
+
+def test_a_list_of_arrays_is_a_batch_as_a_tuple_is() -> None:
+    model = nn.Sequential(nn.Linear(3, 2, rng=np.random.default_rng(0)))
+    x = np.random.default_rng(1).standard_normal((5, 3)).astype(np.float32)
+    for batch in ([x, x], [x, np.zeros(5)], [*map(tn.Tensor, (x, x))]):
+        seen = observe(model, [batch])
+        assert seen[seen.graph.input].samples == 5

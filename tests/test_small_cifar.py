@@ -55,6 +55,15 @@ def test_a_run_from_the_command_line_leaves_its_files(pictures: None, tmp_path: 
     assert tn.accuracy(*tn.predict(model, batches)) == only["accuracy"]
 
 
+def test_classes_without_test_images_are_drawn_anew(pictures: None, tmp_path: Path) -> None:
+    flags = ["--images", "16", "--test-images", "1", "--batch", "16", "--epochs", "1"]
+    flags += ["--threads", "1", "--flip", "--out", str(tmp_path)]
+    assert main(EXPERIMENT, flags) == 0
+    (only,) = json.loads((tmp_path / "result.json").read_text())["runs"]
+    assert None in only["class_recall"].values()
+    assert main(EXPERIMENT, [*flags, "--resume"]) == 0
+
+
 def test_an_interrupted_run_goes_on_to_the_same_bits(pictures: None, tmp_path: Path) -> None:
     whole = run(config(*TINY[:-2]), 3, Context(tmp_path / "a"))
     half = Context(tmp_path / "b", resume=True)

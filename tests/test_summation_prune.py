@@ -153,6 +153,12 @@ def test_the_command_lines_random_pruning_follows_its_recipe() -> None:
     assert recipe_of("--criterion", "rate")["threshold"] == 1e-5
 
 
+def test_epochs_on_the_command_line_are_not_ignored() -> None:
+    assert recipe_of("--epochs", "4")["steps"] == 0
+    assert recipe_of("--epochs", "4", "--steps", "9")["steps"] == 9
+    assert recipe_of()["steps"] == 300
+
+
 @pytest.mark.parametrize("cycles", [1, 3])
 def test_the_net_that_is_measured_is_the_last_trained(cycles: int) -> None:
     short = config(nodes=50, steps=30, cycles=cycles, fine_tune=0)

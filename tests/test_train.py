@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from tinynn.errors import (
 )
 from tinynn.optim import SGD, Adam, Optimizer
 from tinynn.schedule import Cosine, Plateau, Schedule
+from tinynn.storage import read_tensors, write_tensors
 from tinynn.tensor import Tensor
 from tinynn.train import Converged, History, evaluate, fit, predict
 
@@ -392,8 +394,11 @@ def test_a_loss_must_be_one_number_and_epochs_not_negative() -> None:
     s = Setting()
     with pytest.raises(TinynnError, match="one number"):
         fit(s.net, s.data, loss=lambda p, t: p - t, optimizer=s.optimizer, epochs=1)
-    with pytest.raises(ConfigError, match=">= 0"):
-        s.fit(epochs=-1)
+    with pytest.raises(ConfigError, match="required a loss that gives a Tensor; came float"):
+        fit(s.net, s.data, loss=lambda p, t: 1.0, optimizer=s.optimizer, epochs=1)  # type: ignore[arg-type,return-value]
+    for wrong in (-1, 1.5, "1"):
+        with pytest.raises(ConfigError, match=">= 0"):
+            s.fit(epochs=wrong)
 
 
 def test_validation_that_is_not_finite_is_named() -> None:
@@ -413,6 +418,69 @@ def test_each_epoch_may_add_to_its_record(tmp_path: Path) -> None:
     assert [r["twice"] for r in history.records] == [2, 4]
     lines = [json.loads(r) for r in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["twice"] for r in lines] == [2, 4]
+
+
+@pytest.mark.parametrize("entry", [np.float32(0.5), np.int64(2), math.nan, np.arange(3)])
+def test_entries_may_be_numpys(tmp_path: Path, entry: Any) -> None:
+    options = {"checkpoint": tmp_path / "c", "log": tmp_path / "l"}
+    s = Setting()
+    history = s.fit(epochs=1, each_epoch=lambda record: record.update(entry=entry), **options)
+    assert history.records[0]["entry"] is entry
+    kept = None if entry is math.nan else entry.tolist()
+    assert json.loads((tmp_path / "l").read_text())["entry"] == kept
+    assert s.fit(epochs=2, resume=True, **options).records[0]["entry"] == kept
+
+
+def test_entries_that_no_file_can_hold_are_refused() -> None:
+    with pytest.raises(ConfigError, match="each_epoch: required entries of numbers"):
+        Setting().fit(epochs=1, each_epoch=lambda record: record.update(entry=object()))
+
+
+def test_a_model_that_no_file_can_hold_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    s = Setting()
+    s.net.sizes = [1, 2]
+    before = weights(s)
+    with pytest.raises(ConfigError, match=r"Sequential\.sizes: cannot save list"):
+        s.fit(epochs=1, checkpoint=tmp_path / "c")
+    assert same(weights(s), before)
+
+
+def test_shuffled_validation_gives_the_same_bits_after_a_resumption(tmp_path: Path) -> None:
+    def run(epochs: int, **options: Any) -> list[float]:
+        s = Setting()
+        held_out = Batches(s.data.x, s.data.y, size=7, rng=np.random.default_rng(4))
+        return [
+            r["validation"] for r in s.fit(epochs=epochs, validation=held_out, **options).records
+        ]
+
+    path = tmp_path / "c"
+    run(2, checkpoint=path)
+    assert run(5, checkpoint=path, resume=True) == run(5)
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong"),
+    [
+        ("progress", {"epoch": -1}),
+        ("progress", {"step": "1"}),
+        ("progress", {"total": math.nan}),
+        ("records", [{"step": 1, "loss": "x"}]),
+        ("records", ["x"]),
+        ("validation", {"rows": 1}),
+    ],
+)
+def test_a_training_state_of_wrong_values_is_refused(tmp_path: Path, part: str, wrong: Any) -> None:
+    path, s = tmp_path / "c", Setting()
+    s.fit(epochs=1, checkpoint=path, validation=s.data)
+    tensors, metadata = read_tensors(path)
+    state = json.loads(metadata["state"])
+    state[part] = wrong if isinstance(wrong, list) else state[part] | wrong
+    write_tensors(path, tensors, {**metadata, "state": json.dumps(state)})
+    other = Setting(1)
+    before = weights(other)
+    with pytest.raises(TinynnError):
+        other.fit(epochs=2, checkpoint=path, resume=True, validation=other.data)
+    assert same(weights(other), before)
 
 
 def test_predict_gives_all_rows_in_order_and_leaves_the_mode() -> None:

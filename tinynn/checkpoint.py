@@ -8,6 +8,7 @@ generator of the model, and the history so far.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tinynn.nn.serialize import describe
 from tinynn.op import Array
 from tinynn.optim import Optimizer
 from tinynn.schedule import Schedule
-from tinynn.storage import PathLike, parse_json, read_tensors, write_tensors
+from tinynn.storage import PathLike, parse_json, plain, read_tensors, write_tensors
 
 _FORMAT = "1"
 
@@ -44,8 +45,9 @@ def save_checkpoint(
     data: Any,
     progress: Progress,
     records: list[dict[str, Any]],
+    validation: Any = None,
 ) -> None:
-    """Write the state of a training to `path`, atomically."""
+    """Write the state of a training to `path`, atomically; NaN in `records` becomes None."""
     tensors = {f"model/{name}": a for name, a in model.state_dict().items()}
     held = _held(model)
     tensors |= {f"{kind}/{name}": a for kind, of in held.items() for name, a in of.items()}
@@ -60,14 +62,15 @@ def save_checkpoint(
         "records": records,
         "optimizer": numbers,
         "schedule": schedule.state_dict(),
-        "data": data.state_dict() if hasattr(data, "state_dict") else None,
+        "data": _position(data),
+        "validation": _position(validation),
         "generators": [generator_state(g) for g in _generators(model)],
         "held": {kind: sorted(of) for kind, of in held.items()},
     }
     header = {
         "tinynn-checkpoint": _FORMAT,
         "model": describe(model, states=False),
-        "state": json.dumps(state, allow_nan=False),
+        "state": json.dumps(plain(state), allow_nan=False),
     }
     write_tensors(path, tensors, header)
 
@@ -78,12 +81,13 @@ def load_checkpoint(
     optimizer: Optimizer,
     schedule: Schedule,
     data: Any,
+    validation: Any = None,
 ) -> tuple[Progress, list[dict[str, Any]]]:
     """Bring everything given to the state that `save_checkpoint` wrote, and return the rest.
 
     A file from before masks and codes were kept leaves those that the model has. Raises
-    FileFormatError if the file is damaged, ConfigError if it belongs to another model, optimiser or
-    data set; the model is then as it was.
+    FileFormatError if the file is damaged, ConfigError if it belongs to another model, optimiser,
+    data or validation set; the model is then as it was.
     """
     tensors, metadata = read_tensors(path)
     if metadata.get("tinynn-checkpoint") != _FORMAT:
@@ -100,6 +104,7 @@ def load_checkpoint(
         schedule.state_dict(),
         [generator_state(g) for g in generators],
         _held(model),
+        _position(validation) if hasattr(validation, "load_state_dict") else None,
     )
     try:
         held = before[4]
@@ -111,7 +116,9 @@ def load_checkpoint(
         schedule.load_state_dict(state["schedule"])
         for generator, bits in zip(generators, state["generators"], strict=True):
             set_state(generator, bits)
-        progress, records = Progress(**state["progress"]), list(state["records"])
+        progress, records = _progress(state["progress"]), _records(state["records"])
+        if before[5] is not None and state.get("validation") is not None:
+            validation.load_state_dict(state["validation"])
         if state["data"] is not None:
             data.load_state_dict(state["data"])  # changes nothing unless all of it fits
     except (TinynnError, LookupError, TypeError, AttributeError, ValueError) as error:
@@ -120,10 +127,32 @@ def load_checkpoint(
         schedule.load_state_dict(before[2])
         for generator, bits in zip(generators, before[3], strict=True):
             set_state(generator, bits)
+        if before[5] is not None:
+            validation.load_state_dict(before[5])
         if isinstance(error, TinynnError):
             raise
         raise FileFormatError(f"{path}: its training state cannot be read: {error!r}") from error
     return progress, records
+
+
+def _position(data: Any) -> Any:
+    """Where the batches are, of those that can say it."""
+    return data.state_dict() if hasattr(data, "state_dict") else None
+
+
+def _progress(came: dict[str, Any]) -> Progress:
+    found = Progress(**came)
+    counts = (found.epoch, found.step, found.batches)
+    fits = all(type(n) is int and n >= 0 for n in counts) and math.isfinite(found.total)
+    if not fits:
+        raise ValueError(f"required counts >= 0 and a sum of losses; came {found}")
+    return found
+
+
+def _records(came: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not all(type(r["loss"]) is float and type(r["step"]) is int for r in came):
+        raise ValueError("required a loss and a step of every epoch")
+    return list(came)
 
 
 def _held(model: Module) -> dict[str, dict[str, Array]]:

@@ -127,6 +127,7 @@ class Histogram:
     def add(self, activation: Array) -> None:
         """Take in finite numbers."""
         x = activation.reshape(-1)
+        x = x if x.dtype.kind == "f" else x.astype(np.float64)
         low, high = float(x.min()), float(x.max())
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._widen(max(-low, high))
@@ -257,7 +258,7 @@ Watching = TypeVar("Watching", bound=Observer)
 
 
 def observe(model: Module, data: Iterable[Any], *, bins: int = 0) -> Observer:
-    """Run `model` in eval mode over `data` (batches: arrays, or tuples whose first is the input).
+    """Run `model` in eval mode over `data`, batches: inputs, or tuples whose first is the input.
 
     With `bins`, a power of two, every value has a histogram of twice as many bins, besides.
 
@@ -276,7 +277,7 @@ def observe_by(
     observer = None
     with mode(model, training=False):
         for i, batch in enumerate(data):
-            x = np.asarray(batch[0] if isinstance(batch, tuple) else batch)
+            x = _input(batch)
             if x.ndim == 0 or x.size == 0:
                 raise DataError(f"observe: required at least one row; batch {i} has {x.shape}")
             if observer is None:
@@ -285,6 +286,12 @@ def observe_by(
     if observer is None:
         raise DataError("observe: required at least one batch; came none")
     return observer
+
+
+def _input(batch: Any) -> Array:
+    """A batch's input. Loaders of other libraries give lists of arrays where others give tuples."""
+    arrays = isinstance(batch, list) and batch and getattr(batch[0], "ndim", 0) > 0
+    return np.asarray(batch[0] if arrays or isinstance(batch, tuple) else batch)
 
 
 def require_batches(what: str, data: object) -> None:

@@ -54,7 +54,7 @@ class Op:
     variants: ClassVar[Mapping[str, Callable[..., Any]]] = {}
     #: the same for the backward rule, of ops that have a kernel for it
     gradients: ClassVar[Mapping[str, Callable[..., Any]]] = {}
-    samples: ClassVar[Callable[[], list[Sample]]]
+    samples: ClassVar[Callable[[], list[Sample]]] = staticmethod(list)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -21,10 +21,11 @@ from tinynn.checkpoint import Progress, exists, load_checkpoint, save_checkpoint
 from tinynn.diagnose import find_non_finite, require_finite
 from tinynn.errors import ConfigError, DataError, NonFiniteError, OutputError, ShapeError
 from tinynn.nn.module import Module, mode
+from tinynn.nn.serialize import describe
 from tinynn.op import Array
 from tinynn.optim import Optimizer, clip_gradients
 from tinynn.schedule import Constant, Schedule
-from tinynn.storage import PathLike, write_bytes
+from tinynn.storage import PathLike, plain, write_bytes
 from tinynn.tensor import Tensor, no_grad
 
 Loss = Callable[[Tensor, Any], Tensor]
@@ -98,9 +99,9 @@ def fit(
     `until(history)` is true at the end of an epoch; one of the three must be given. `schedule`
     gives each step's learning rate from the optimiser's own. `each_step` is called after every
     update with the number of steps so far, `each_epoch` with every epoch's record, to which it may
-    add entries (numbers, text). `log` is a file that is begun anew,
-    unless a training is resumed, and gets each epoch's record as a line of JSON. `progress` shows
-    a bar: by default only on a terminal.
+    add entries (numbers, text, arrays). `log` is a file that is begun anew, unless a training is
+    resumed, and gets each epoch's record as a line of JSON, where NaN is null. `progress` shows a
+    bar: by default only on a terminal.
 
     With `checkpoint`, the state is saved after every epoch, at least every `checkpoint_seconds`,
     and on Ctrl-C, which then ends the training after the step under way; `resume=True` continues
@@ -109,13 +110,15 @@ def fit(
 
     Raises NonFiniteError with the step and the first op that made it when the loss is NaN or
     infinite, or when an update made a parameter so; nothing of that goes into the checkpoint.
-    Raises ConfigError for an optimiser of other parameters than the model's, DataError for data
-    without batches, OutputError where a file cannot be written.
+    Raises ConfigError for an optimiser of other parameters than the model's or a model that no file
+    can hold, DataError for data without batches, OutputError where a file cannot be written.
     """
     if epochs is None and steps is None and until is None:
         raise ConfigError("fit: required epochs, steps or until; came none of them")
-    if min(epochs or 0, steps or 0) < 0:
-        raise ConfigError(f"fit: required epochs and steps >= 0; came {epochs} and {steps}")
+    if not all(isinstance(n, int | np.integer) and n >= 0 for n in (epochs or 0, steps or 0)):
+        raise ConfigError(
+            f"fit: required whole epochs and steps >= 0; came {epochs!r} and {steps!r}"
+        )
     if not {id(p) for p in optimizer.params} <= {id(p) for p in model.parameters()}:
         raise ConfigError(
             "fit: the optimiser holds parameters that are not the model's; make a new one from "
@@ -128,16 +131,22 @@ def fit(
     at, history, resumed = Progress(), History(), False
     if resume and exists(checkpoint):
         assert checkpoint is not None
-        at, history.records = load_checkpoint(checkpoint, model, optimizer, schedule, data)
+        at, history.records = load_checkpoint(
+            checkpoint, model, optimizer, schedule, data, validation
+        )
         resumed = True
+    elif checkpoint is not None:
+        describe(model, states=False)  # what cannot be saved is refused before it is trained
     if log is not None:
-        write_bytes(log, "".join(json.dumps(r) + "\n" for r in history.records).encode())
+        write_bytes(log, "".join(map(_line, history.records)).encode())
 
     def save() -> None:
         _require_finite_parameters(model, at.step)
         if checkpoint is not None:
             now, optimizer.lr = optimizer.lr, base_lr
-            save_checkpoint(checkpoint, model, optimizer, schedule, data, at, history.records)
+            save_checkpoint(
+                checkpoint, model, optimizer, schedule, data, at, history.records, validation
+            )
             optimizer.lr = now
 
     optimizer.zero_grad()
@@ -169,11 +178,12 @@ def fit(
                 schedule.observe(record.get("validation", record["loss"]))
                 if each_epoch is not None:
                     each_epoch(record)
+                line = _line(record)
                 history.records.append(record)
                 finished = until is not None and until(history)
                 save()
                 if log is not None:
-                    _append(Path(log), record)
+                    _append(Path(log), line)
         finally:
             optimizer.lr = base_lr
             if hasattr(data, "restart"):
@@ -233,6 +243,8 @@ def _step(
 ) -> float:
     """One step of training: forward, backward, update. Returns the loss before the update."""
     result = loss(model(Tensor(x, copy=False)), target(y))
+    if not isinstance(result, Tensor):
+        raise ConfigError(f"fit: required a loss that gives a Tensor; came {type(result).__name__}")
     if result.size != 1:
         raise ShapeError(f"fit: required a loss of one number; came shape {result.shape}")
     value = result.item()
@@ -328,9 +340,18 @@ def _interruptible(enabled: bool) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _append(log: Path, record: dict[str, Any]) -> None:
+def _line(record: dict[str, Any]) -> str:
+    try:
+        return json.dumps(plain(record), allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"fit: each_epoch: required entries of numbers, text or arrays; came {error}"
+        ) from error
+
+
+def _append(log: Path, line: str) -> None:
     try:
         with log.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(line)
     except OSError as error:
         raise OutputError(error.errno, f"cannot append to {log} ({error.strerror})") from error

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinynn.errors import ConfigError, OutputError
+from tinynn.errors import ConfigError
 from tinynn.graph.layout import Place, layout
 from tinynn.graph.parts import Node, Value
+from tinynn.storage import write_bytes
 
 _ROWS = 22  #: boxes below each other before a new column begins
 _BOX = (2.1, 0.44)  #: inches
@@ -52,12 +54,11 @@ def draw(nodes: Sequence[Node], source: Value, path: str | Path) -> None:
     for v in (source, *(n.output for n in nodes)):
         canvas.label(v)
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
-    try:
-        # the same graph gives the same file, and its words can be searched
-        with rc_context({"svg.hashsalt": "tinynn", "svg.fonttype": "none"}):
-            figure.savefig(path, dpi=110, metadata=metadata)
-    except OSError as error:
-        raise OutputError(f"draw: cannot write {path}: {error}") from error
+    image = io.BytesIO()
+    # the same graph gives the same file, and its words can be searched
+    with rc_context({"svg.hashsalt": "tinynn", "svg.fonttype": "none"}):
+        figure.savefig(image, format=path.suffix[1:].lower(), dpi=110, metadata=metadata)
+    write_bytes(path, image.getvalue())
 
 
 class _Canvas:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from kernels.geometry import Pair
 from tinynn import init, ops
 from tinynn.errors import ConfigError, ShapeError
+from tinynn.nn.conv import check_window
 from tinynn.nn.layers import Initialiser, require_parameters
 from tinynn.nn.module import Module, Parameter
 from tinynn.ops.conv import padded, pair
@@ -101,6 +102,11 @@ class AdditiveConv2d(_Additive):
         self.dilation = pair("AdditiveConv2d", "dilation", dilation)
         self.padding = padded("AdditiveConv2d", padding)
         self._build((*size, m_in, m_out), weight_init, rng, dtype)
+
+    def check(self) -> None:
+        """The same, and of the window, too."""
+        check_window(self, "stride", "dilation")
+        super().check()
 
     def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
         y = ops.additive_conv2d(

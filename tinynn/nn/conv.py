@@ -39,8 +39,8 @@ class _Windowed(Module):
         dtype: npt.DTypeLike,
     ) -> None:
         name = type(self).__name__
-        if min(shape) < 1:
-            raise ConfigError(f"{name}: required sizes >= 1; came {shape}")
+        if not all(isinstance(m, int | np.integer) and m >= 1 for m in shape):
+            raise ConfigError(f"{name}: required whole sizes >= 1; came {shape}")
         self.stride = pair(name, "stride", stride)
         self.padding = padded(name, padding)
         self.weight = Parameter(weight_init(shape, rng, dtype), copy=False)
@@ -192,14 +192,14 @@ class ConvTranspose2d(_Windowed):
         *,
         stride: int | Pair = 1,
         padding: Any = "same",
-        output: Pair = (0, 0),
+        output: int | Pair = (0, 0),
         bias: bool = True,
         weight_init: Initialiser = init.he_normal,
         rng: np.random.Generator,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
         size = pair("ConvTranspose2d", "kernel", kernel)
-        self.output = (int(output[0]), int(output[1]))
+        self.output = pair("ConvTranspose2d", "output", output, 0)
         self._build(
             (*size, m_in, m_out),
             m_out,

@@ -202,6 +202,11 @@ class Module:
                 f"{type(self).__name__}.{name}: a Tensor that requires a gradient is trained only "
                 "as a Parameter"
             )
+        if isinstance(value, Module | Tensor) and hasattr(Module, name):
+            raise ConfigError(
+                f"{type(self).__name__}.{name}: required another name; modules have something of "
+                "this one"
+            )
         super().__setattr__(name, value)
 
     def named_children(self) -> Iterator[tuple[str, Module]]:

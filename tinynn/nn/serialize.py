@@ -43,7 +43,8 @@ def describe(model: Module, *, states: bool = True) -> str:
     """The module tree as JSON; without `states`, random generators are only named.
 
     Raises ConfigError for an attribute that is none of module, parameter, array of numbers,
-    generator, number, text, None or tuple of those, or for a module inside itself.
+    generator, number, text, None or tuple of those, for a module inside itself, and, with `states`,
+    for an attribute of a name that `build` refuses.
     """
     try:
         return json.dumps(_describe(model, "", {}, states))
@@ -76,6 +77,11 @@ def _describe(module: Module, path: str, names: dict[int, str], states: bool) ->
         full = f"{path}.{name}" if path else name
         if name == "training":
             continue
+        if states and _is_reserved(type(module), name):
+            raise ConfigError(
+                f"{type(module).__name__}.{name}: cannot save an attribute of this name: it begins "
+                "with an underscore, or is one of the class's own; rename it"
+            )
         if isinstance(value, Module):
             parts.append([name, "module", _describe(value, full, names, states)])
         elif isinstance(value, Parameter):
@@ -116,8 +122,7 @@ class _Builder:
         for name, what, value in tree["parts"]:
             if not isinstance(name, str) or not (name.isidentifier() or name.isdigit()):
                 raise FileFormatError(f"{self.where}: {name!r} is no attribute name")
-            shadows = hasattr(Module, name) or callable(getattr(kind, name, None))
-            if name.startswith("_") or shadows or isinstance(vars(kind).get(name), property):
+            if _is_reserved(kind, name):
                 raise FileFormatError(f"{self.where}: {tree['kind']}.{name} is reserved")
             setattr(module, name, self.part(what, value, depth))
         module.check()
@@ -147,6 +152,12 @@ class _Builder:
         if name not in self.arrays:
             raise FileFormatError(f"{self.where}: tensor {name!r} is missing")
         return self.arrays[name]
+
+
+def _is_reserved(kind: type[Module], name: str) -> bool:
+    """Whether a file must not set this attribute: private, or hiding what the class has."""
+    shadows = hasattr(Module, name) or callable(getattr(kind, name, None))
+    return name.startswith("_") or shadows or isinstance(vars(kind).get(name), property)
 
 
 def _as_tuple(values: list[Any]) -> tuple[Any, ...]:

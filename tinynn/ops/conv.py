@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import index as whole
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from kernels.geometry import Padding, Pair, Window, window
 from kernels.statistics import sums
 from tinynn.errors import ConfigError
 from tinynn.op import Array, Op, Sample, Saved, Shape
-from tinynn.ops._common import Operand, fitting, tensor
+from tinynn.ops._common import Operand, fitting, is_number, tensor
 from tinynn.tensor import Tensor, apply
 
 _GEOMETRIES: tuple[dict[str, Any], ...] = (
@@ -205,7 +206,10 @@ class ConvTranspose2d(Op):
 
     def _geometry(self, x: Array, w: Array) -> tuple[Shape, Window]:
         height, width = (n or x.shape[i + 1] * self.stride[i] for i, n in enumerate(self.output))
-        win = window(height, width, w.shape[:2], self.stride, self.padding)
+        try:
+            win = fitting(height, width, w.shape[:2], self.stride, self.padding)
+        except ValueError:
+            raise self.reject(f"a kernel that fits in {height} x {width}", x, w) from None
         if win.output(height, width) != x.shape[1:3]:
             raise self.reject(f"an input of {win.output(height, width)} windows", x, w)
         return (len(x), height, width, w.shape[3]), win
@@ -228,28 +232,32 @@ def _rectified(grad: Array, y: Array | None) -> Array:
     return np.ascontiguousarray(grad) if y is None else relu_grad(np.ascontiguousarray(grad), y)
 
 
-def pair(op: str, name: str, value: int | Pair) -> Pair:
-    """(rows, columns) from one number or two, all at least 1."""
-    both = (value, value) if isinstance(value, int) else tuple(value)
-    if len(both) != 2 or min(both) < 1:
-        raise ConfigError(f"{op}: required {name} >= 1, one number or two; came {value!r}")
-    return int(both[0]), int(both[1])
+def pair(op: str, name: str, value: int | Pair, least: int = 1) -> Pair:
+    """(rows, columns) from one whole number or two, none below `least`."""
+    try:
+        rows, columns = map(whole, (value, value) if is_number(value) else value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        rows = columns = least - 1
+    if min(rows, columns) < least:
+        raise ConfigError(
+            f"{op}: required {name} >= {least}, one whole number or two; came {value!r}"
+        )
+    return rows, columns
 
 
 def padded(op: str, value: Any) -> Padding:
     """A padding as the ops take it, from "same", "valid", a number or two pairs of numbers."""
-    if value in ("same", "valid"):
-        return value
-    if isinstance(value, int) and value >= 0:
-        return ((value, value), (value, value))
+    if isinstance(value, str) and value in ("same", "valid"):
+        return value  # type: ignore[return-value]
     try:
-        (top, bottom), (left, right) = value
-        sides = ((int(top), int(bottom)), (int(left), int(right)))
+        (top, bottom), (left, right) = [(value, value)] * 2 if is_number(value) else value
+        sides = ((whole(top), whole(bottom)), (whole(left), whole(right)))
     except (TypeError, ValueError):
         sides = ((-1, -1), (-1, -1))
     if min(min(s) for s in sides) < 0:
         raise ConfigError(
-            f"{op}: padding is 'same', 'valid', a number >= 0 or two pairs of them; came {value!r}"
+            f"{op}: padding is 'same', 'valid', a whole number >= 0 or two pairs of them; came "
+            f"{value!r}"
         )
     return sides
 
@@ -308,12 +316,12 @@ def conv_transpose2d(
     *,
     stride: int | Pair = 1,
     padding: Any = "same",
-    output: Pair = (0, 0),
+    output: int | Pair = (0, 0),
     relu: bool = False,
 ) -> Tensor:
     """Transposed convolution of x (B, H, W, C) with w (KH, KW, C, N), to `output` rows, columns."""
     name = "conv_transpose2d"
     op = ConvTranspose2d(
-        pair(name, "stride", stride), padded(name, padding), (int(output[0]), int(output[1])), relu
+        pair(name, "stride", stride), padded(name, padding), pair(name, "output", output, 0), relu
     )
     return apply(op, tensor(x), tensor(w), *(() if bias is None else (tensor(bias),)))

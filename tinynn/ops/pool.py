@@ -27,9 +27,12 @@ class _Pool(Op):
         if x.ndim != 4 or not x.size:
             raise self.reject("images (B, H, W, C), not empty", x)
         try:
-            return fitting(*x.shape[1:3], self.kernel_size, self.stride, self.padding)
+            win = fitting(*x.shape[1:3], self.kernel_size, self.stride, self.padding)
         except ValueError:
             raise self.reject("an image that the window fits in", x) from None
+        if any(max(side) >= k for side, k in zip(win.padding, self.kernel_size, strict=True)):
+            raise self.reject("less padding than the window, else one sees no pixel at all", x)
+        return win
 
 
 _GEOMETRIES: tuple[tuple[Any, ...], ...] = (

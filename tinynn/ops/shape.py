@@ -249,10 +249,12 @@ def flatten(x: Operand) -> Tensor:
     return reshape(x, x.shape[0], math.prod(x.shape[1:]))
 
 
-def transpose(x: Operand, axes: Sequence[int] | None = None) -> Tensor:
-    """The axes reordered; reversed by default."""
+def transpose(x: Operand, axes: int | Sequence[int] | None = None, *more: int) -> Tensor:
+    """The axes reordered, by `(1, 0)` or `1, 0`; reversed by default."""
     x = tensor(x)
-    order = tuple(axes) if axes is not None else tuple(reversed(range(x.ndim)))
+    if axes is None:
+        axes = range(x.ndim)[::-1]
+    order = tuple(axes) if isinstance(axes, Sequence) else (axes, *more)
     if normal_axes("transpose", order, x.shape) != tuple(range(x.ndim)):
         raise ShapeError(f"transpose: required every axis of {x.shape} once; came {order}")
     return apply(Transpose(tuple(a % x.ndim for a in order)), x)
@@ -269,7 +271,13 @@ def concat(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
 
 def pad(x: Operand, widths: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
     """Constant elements around x: widths[i] = (before, after) along axis i."""
-    return apply(Pad(tuple((int(b), int(a)) for b, a in widths), float(value)), tensor(x))
+    try:
+        pairs = tuple((whole(b), whole(a)) for b, a in widths)
+    except (TypeError, ValueError):
+        raise DTypeError(
+            f"pad: required a pair of whole numbers an axis; came {widths!r}"
+        ) from None
+    return apply(Pad(pairs, float(value)), tensor(x))
 
 
 def scatter(x: Operand, places: Sequence[int], width: int) -> Tensor:

@@ -54,8 +54,8 @@ def step(
     layers = []
     for work, t in zip(works, times, strict=True):
         if t.op not in calls:
-            calls[t.op] = _smallest_call(type(work.op), x.dtype)
-        call, size = calls[t.op], x.dtype.itemsize
+            calls[t.op] = _smallest_call(type(work.op), work.dtype)
+        call, size = calls[t.op], work.dtype.itemsize
         forward = Pass.of(t.forward, work.macs, work.nbytes, call.forward, limits, size)
         back = None
         if work.gradient_nbytes is not None:
@@ -73,6 +73,7 @@ class _Work:
     op: Op
     path: str
     output: Shape
+    dtype: np.dtype[Any]  #: of the output
     macs: int
     nbytes: int
     gradient_macs: int = 0
@@ -90,7 +91,7 @@ def _study(model: Module, x: Tensor, rng: np.random.Generator) -> list[_Work]:
         nbytes = _moved(read, [output._data])
         path = paths.get(id(running_module()), "")
         macs = op.macs(*(t.shape for t in inputs))
-        works.append(_Work(op, path, output.shape, macs, nbytes))
+        works.append(_Work(op, path, output.shape, output.dtype, macs, nbytes))
         made.append(output)
 
     with recording(record):
@@ -199,9 +200,12 @@ def _one_round(
 def _smallest_call(op: type[Op], dtype: np.dtype[Any]) -> _Time:
     """The time of such an op on the smallest of its samples: next to nothing but the call.
 
-    As it bounds others from below, what the best round reached.
+    As it bounds others from below, what the best round reached; nothing of an op without samples.
     """
-    sample = min(op.samples(), key=lambda s: sum(math.prod(shape) for shape in s.shapes))
+    samples = op.samples()
+    if not samples:
+        return _Time(op.name, 0.0, 0.0)
+    sample = min(samples, key=lambda s: sum(math.prod(shape) for shape in s.shapes))
     rng = np.random.default_rng(0)
     arrays = [rng.uniform(sample.low, sample.high, shape).astype(dtype) for shape in sample.shapes]
     if sample.labels is not None:
