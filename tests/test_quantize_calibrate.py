@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import tinynn as tn
 from tinynn import nn
-from tinynn.compress import calibrate
+from tinynn.compress import calibrate, quantize
 from tinynn.errors import ConfigError, DataError
 from tinynn.observe import Histogram, observe
 
@@ -267,3 +267,14 @@ def test_shared_scales_are_few_and_cut_nothing(scales: list[float], count: int) 
     assert (after >= before * (1 - 1e-12)).all() and after.max() == before.max()
     widest = (before.max() / before.min()) ** (1 / count)
     assert (after <= before * widest * (1 + 1e-9)).all()
+
+
+def test_a_double_model_stays_double() -> None:
+    rng = np.random.default_rng(0)
+    net = nn.Sequential(nn.Linear(4, 5, rng=rng), nn.Tanh(), nn.Linear(5, 2, rng=rng)).eval()
+    x = rng.standard_normal((20, 4), np.float32)
+    single = quantize.int8(net, [x]).eval()(tn.Tensor(x)).data
+    double = quantize.int8(net.astype(np.float64), [x.astype(np.float64)]).eval()
+    y = double(tn.Tensor(x.astype(np.float64))).data
+    assert y.dtype == np.float64
+    np.testing.assert_allclose(y, single, rtol=0, atol=0.05)
