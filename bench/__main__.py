@@ -137,6 +137,7 @@ def _problems(options: argparse.Namespace) -> list[tuple[Suite, Case]]:
             problems.append((suites.suite_of(case), case))
         except KeyError:
             raise CaseError(f"case {text!r}: no suite has the family {case.family!r}") from None
+    problems = [p for i, p in enumerate(problems) if p not in problems[:i]]
     if not problems:
         raise CaseError(f"no case has all of {', '.join(options.match)} in it")
     for suite, case in problems:

@@ -274,6 +274,10 @@ def test_the_cases_of_a_suite_are_listed(capsys: pytest.CaptureFixture[str]) -> 
     assert command.main(["compress", "--list", *chosen]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 2 and all(Case.parse(line).family == "plan_lowrank" for line in listed)
+    twice = [*chosen, "--threads", "1", "1", "--match", "int8_product"]
+    assert command.main(["compress", "--list", *twice]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed and len(set(printed)) == len(printed)
     assert command.main(["nothing", "--list"]) == 2
     capsys.readouterr()
     assert command.main(["--list"]) == 0 and "x=" not in capsys.readouterr().out

@@ -368,6 +368,7 @@ def test_a_plan_is_evaluated_as_its_model() -> None:
     outputs, labels = tn.predict(plan, data)
     want, same = tn.predict(net, data)
     assert close(outputs, want) and np.array_equal(labels, same)
+    assert tn.accuracy(plan, data) == tn.accuracy(net, data) == tn.accuracy(want, labels)
     loss = tn.evaluate(plan, data, tn.softmax_cross_entropy)
     assert abs(loss - tn.evaluate(net, data, tn.softmax_cross_entropy)) < 1e-6
 

@@ -124,6 +124,17 @@ def test_a_technique_that_refuses_the_model_is_no_obstacle() -> None:
             assert all(layer.why(way) in printed for way in layer.others)
 
 
+def test_each_use_of_a_layer_stands_for_itself() -> None:
+    layer = nn.Linear(8, 8, rng=np.random.default_rng(0))
+    x = np.ones((2, 8), np.float32)
+    found = tn.explain(nn.Sequential(layer, nn.ReLU(), layer), x, density=0.5, limits=LIMITS)
+    assert len(found.layers) == 2
+    for use in found.layers:
+        costs = {way.technique: way for way in use.others}
+        assert costs["codebook"].macs == costs["int8"].macs == use.dense.macs
+        assert costs["lowrank"].macs == use.dense.macs // 2
+
+
 def test_a_compressed_model_is_shown_as_it_is() -> None:
     rng, x = np.random.default_rng(0), np.ones((2, 64), np.float32)
     net = nn.Sequential(nn.Linear(64, 64, rng=rng), nn.ReLU(), nn.Linear(64, 8, rng=rng))
@@ -152,8 +163,8 @@ def test_a_layer_is_found_again_after_it_was_cut_in_two(found: tn.Explanation) -
     x = np.zeros((4, 6, 6, 3), np.float32)
     folded = fold_batchnorm(network(), x).eval()
     plans = measure._plans(folded, x, measure.Settings(0.25, 8), 1, only=["dense", "lowrank"])
-    step = next(a for a in plans["dense"].network.layers if a.path == "4")
-    places = measure._standing_for(plans["lowrank"], step)
+    i = next(i for i, a in enumerate(plans["dense"].network.layers) if a.path == "4")
+    places = measure._standing_for(plans["lowrank"], plans["dense"], i)
     assert [plans["lowrank"].network.layers[i].path for i in places] == ["4.0", "4.1"]
 
 

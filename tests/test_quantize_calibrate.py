@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import tinynn as tn
 from tinynn import nn
-from tinynn.compress import calibrate
+from tinynn.compress import calibrate, quantize
 from tinynn.errors import ConfigError, DataError
 from tinynn.observe import Histogram, observe
 
@@ -282,3 +282,14 @@ def test_a_list_of_arrays_is_a_batch_as_a_tuple_is() -> None:
     for batch in ([x, x], [x, np.zeros(5)], [*map(tn.Tensor, (x, x))]):
         seen = observe(model, [batch])
         assert seen[seen.graph.input].samples == 5
+
+
+def test_a_double_model_stays_double() -> None:
+    rng = np.random.default_rng(0)
+    net = nn.Sequential(nn.Linear(4, 5, rng=rng), nn.Tanh(), nn.Linear(5, 2, rng=rng)).eval()
+    x = rng.standard_normal((20, 4), np.float32)
+    single = quantize.int8(net, [x]).eval()(tn.Tensor(x)).data
+    double = quantize.int8(net.astype(np.float64), [x.astype(np.float64)]).eval()
+    y = double(tn.Tensor(x.astype(np.float64))).data
+    assert y.dtype == np.float64
+    np.testing.assert_allclose(y, single, rtol=0, atol=0.05)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import tinynn as tn
 from tinynn import nn
-from tinynn.compress import saliency, sparsify
+from tinynn.compress import quantize, saliency, sparsify
 from tinynn.errors import ConfigError, DataError, PruneError
 from tinynn.nn.module import Parameter
 
@@ -195,6 +195,21 @@ def test_the_diagonal_of_the_hessian_of_a_quadratic_loss_is_found() -> None:
     np.testing.assert_allclose(found["0.weight"], expected, rtol=0.2)
     score = sparsify.brain_damage(found)("0.weight", model.parameters()[0].data)
     assert score.shape == (3, 2) and (score >= 0).all()
+
+
+def test_masked_weights_and_learned_scales_stay_where_they_are() -> None:
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(nn.Linear(3, 2, bias=False, rng=rng, dtype=np.float64))
+    slim = sparsify.weights(model, sparsify.magnitude, sparsify.share(0.1))  # one stays
+    x = rng.standard_normal((40, 3))
+    data = [(x, rng.standard_normal((40, 2)))]
+    found = saliency.hessian_diagonal(slim, data, tn.mse, rng, probes=1)["0.weight"]
+    expected = np.repeat(np.mean(x**2, axis=0)[:, None], 2, axis=1)
+    np.testing.assert_allclose(found, expected * slim.parameters()[0].mask, rtol=1e-6)
+    small = x * 1e-3  # and so are its scales, less than the step
+    tuned = quantize.trainable(quantize.int8(model, [small]), "learned")
+    diagonal = saliency.hessian_diagonal(tuned, [(small, data[0][1])], tn.mse, rng, probes=1)
+    assert list(diagonal) == ["layer.0.layer.weight"]
 
 
 def test_a_weight_without_influence_goes_first() -> None:

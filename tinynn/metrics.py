@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from tinynn.errors import DataError, DTypeError, NonFiniteError, ShapeError
+from tinynn.nn.module import Module
 from tinynn.op import Array
+from tinynn.train import Runs, predict
 
 
 class ClassScores(NamedTuple):
@@ -21,14 +24,20 @@ class ClassScores(NamedTuple):
     support: Array  #: the rows of this class, int64
 
 
-def accuracy(outputs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+def accuracy(
+    outputs: npt.ArrayLike | Module | Runs, labels: npt.ArrayLike | Iterable[Any]
+) -> float:
     """The share of rows for which the largest output is the label's.
 
     `outputs`: (n, classes) floats, any scores of which the largest wins (the first among equals),
-    or (n,) integers, the predicted classes. `labels`: (n,) integers.
+    or (n,) integers, the predicted classes. `labels`: (n,) integers. Or a model or plan, which is
+    run in eval mode, and batches (x, labels): `accuracy(plan, test.batches(100))`.
     Raises ShapeError, DTypeError, DataError (no rows, labels out of range), NonFiniteError.
     """
-    predicted, truth, _ = _predictions("accuracy", outputs, labels, None)
+    if callable(outputs):
+        outputs, labels = predict(outputs, cast(Iterable[Any], labels))
+    arrays = cast(npt.ArrayLike, outputs), cast(npt.ArrayLike, labels)
+    predicted, truth, _ = _predictions("accuracy", *arrays, None)
     return float(np.mean(predicted == truth))
 
 

@@ -6,6 +6,7 @@ integers; `tensors(model)` are the arrays that a file has to hold, packed, and `
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from tinynn.errors import ConfigError
 from tinynn.graph import Graph, Node
+from tinynn.nn.conv import DepthwiseConv2d
 from tinynn.nn.module import Module
 from tinynn.nn.quantized import HalfQuantizer, Quantized, Quantizer, bits_of
 from tinynn.op import Array
@@ -85,7 +87,7 @@ def layer(module: Quantized, x_scale: float | None = None) -> Integers:
     if not isinstance(quantizer, Quantizer):
         raise ConfigError(f"integers.layer: {type(inner).__name__} has no integer weights")
     weight, bias = inner.weight.data, inner.bias  # type: ignore[attr-defined]
-    outputs = bias.size if bias is not None else _outputs(weight, quantizer.low)
+    outputs = bias.size if bias is not None else _outputs(inner, quantizer.low)
     grid = np.asarray(quantizer.scale), quantizer.low, quantizer.high
     n, scales = rounded(weight, *grid, outputs)
     if bias is None or x_scale is None:
@@ -93,8 +95,11 @@ def layer(module: Quantized, x_scale: float | None = None) -> Integers:
     return Integers(n, scales, bias_steps(bias.data, x_scale, scales, type(inner).__name__))
 
 
-def _outputs(weight: Array, low: Array) -> int:
-    return low.size if low.size > 1 else weight.shape[-1]
+def _outputs(layer: Any, low: Array) -> int:
+    if low.size > 1:
+        return low.size
+    shape = layer.weight.shape
+    return math.prod(shape[-2:]) if isinstance(layer, DepthwiseConv2d) else shape[-1]
 
 
 def rounded(
@@ -111,10 +116,13 @@ def bias_steps(bias: Array, x_scale: float, scales: Array, what: str) -> Array:
     Raises OverflowError, which names `what`, for one beyond int32.
     """
     whole = np.rint(bias.astype(np.float64) / (scales.astype(np.float64) * float(x_scale)))
-    if np.abs(whole).max() > _LARGEST:
+    worst = np.abs(whole).argmax()
+    if np.abs(whole[worst]) > _LARGEST:
         raise OverflowError(
-            f"integers.layer: a bias of {what} is {np.abs(whole).max():.3g} steps of its sum; "
-            f"expected at most {_LARGEST}"
+            f"integers.layer: a bias of {what} is {np.abs(whole[worst]):.3g} steps of its sum; "
+            f"expected at most {_LARGEST}. A step is the scale of its input, {x_scale:.3g}, times "
+            f"that of its weights, {scales[worst]:.3g}: a learned one that has come close to 0 "
+            "wants a lower learning rate"
         )
     return whole.astype(np.int32)
 

@@ -15,7 +15,8 @@ grid is. `integers.grids`, `integers.layer` and `integers.nbytes` give grids, in
 the bytes of all numbers; what a plan's file takes is often less, see there.
 
 Where grids lie in a model of fixed ranges:
-- weights of every layer: symmetric, one grid for each output channel (or one for all);
+- weights of every layer: symmetric, one grid for each output channel (or one for all, but for
+  scales and shifts);
 - the result of whatever feeds integer arithmetic (convolutions, linear layers, additions, pools
   but the maximum's, concatenations): one affine grid; a ReLU right behind comes first. What only
   moves numbers (`integers.MOVES`) keeps the grid; what is concatenated shares one grid;
@@ -184,12 +185,13 @@ def int8(
     for place in places(seen.graph, out):
         bits = 8 if place.is_input else activations
         least, most = ranges(_pooled(seen, place.values), 2**bits - 1)
+        grid = ActivationQuantizer(least, most, bits).astype(seen.graph.input.dtype)
         for path in place.outputs:
-            slots[modules[path]]["output"] = ActivationQuantizer(least, most, bits)
+            slots[modules[path]]["output"] = grid.copy()
         for path in place.inputs:
-            slots[modules[path]]["input"] = ActivationQuantizer(least, most, bits)
+            slots[modules[path]]["input"] = grid.copy()
         if place.is_input:
-            whole = ActivationQuantizer(least, most, bits)
+            whole = grid.copy()
         x_scale |= dict.fromkeys(place.layers, float(affine(least, most, bits)[0][0]))
     for path, node in layers.items():
         edge = path in (next(iter(layers)), list(layers)[-1])
@@ -275,17 +277,19 @@ def _weights(
     weight: Parameter = module.weight
     columns, back = _columns(weight.data.astype(np.float64), node)
     bits = scheme.first_last if edge else scheme.bits
-    if not scheme.per_channel:
+    lone = node.op.name == "scale_shift"  # one weight a channel, which a grid of its own keeps
+    per_channel = scheme.per_channel or lone
+    if not per_channel:
         columns = columns.reshape(-1, 1)
     high = _steps(np.full(columns.shape[1], bits))
-    if scheme.allocate and scheme.per_channel and not edge and node.op.name != "scale_shift":
+    if scheme.allocate and scheme.per_channel and not edge and not lone:
         high = _steps(calibrate.allocate(scheme.clip(columns, high), bits))
     scale = scheme.clip(columns, high) / high
     # a channel of zeros: any grid will do, but its bias is counted in its steps
     scale = np.where(scale > 0, scale, scale.max() or 1.0)
     if x_scale is not None and module.bias is not None:  # biases are int32, in x_scale scale
         bias = np.abs(module.bias.data.astype(np.float64))
-        least = (bias if scheme.per_channel else bias.max()) / (x_scale * 2.0**30)
+        least = (bias if per_channel else bias.max()) / (x_scale * 2.0**30)
         scale = np.maximum(scale, least)
     if scheme.scales:
         scale = calibrate.shared(scale, scheme.scales)
@@ -293,11 +297,11 @@ def _weights(
     if correct and not scheme.scales:  # weights and scale alike: the integers stay
         factor = _deviation(columns, scale, high)
         scale = scale * factor
-        share = by_channel(factor, module) if scheme.per_channel else factor
+        share = by_channel(factor, module) if per_channel else factor
         module.weight = weight.like((before * share).astype(weight.dtype))
         module.weight.mask = weight.mask
     dtype = weight.dtype
-    shape = by_channel(scale, module).shape if scheme.per_channel else (1,) * weight.ndim
+    shape = by_channel(scale, module).shape if per_channel else (1,) * weight.ndim
     grid = (scale.astype(dtype).reshape(shape), high.astype(dtype).reshape(shape))
     found = WeightQuantizer(*grid, module.weight.data)
     if correct and x_mean is not None:

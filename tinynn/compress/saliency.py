@@ -14,7 +14,7 @@ import numpy as np
 from tinynn.compress.exchange import swap
 from tinynn.errors import ConfigError, DataError
 from tinynn.nn.additive import AdditiveConv2d, AdditiveLinear
-from tinynn.nn.module import Module, Parameter, is_weight, mode
+from tinynn.nn.module import Module, Parameter, is_scale, is_weight, mode
 from tinynn.op import Array
 from tinynn.tensor import Tensor
 from tinynn.train import Loss, target
@@ -114,8 +114,9 @@ def hessian_diagonal(
     probes: int = 10,
     step: float = 1e-3,
 ) -> dict[str, Array]:
-    """The diagonal of the loss' second derivatives by every weight, by dotted path, float64.
+    """The diagonal of the loss' second derivatives by every parameter, by dotted path, float64.
 
+    Masked weights and learned scales (see `is_scale`) stay where they are; the former have zeros.
     E[z * (g(w + step z) - g(w - step z)) / (2 step)] over random signs z: Hutchinson's estimator
     (Bekas et al. 2007, "An estimator for the diagonal of a matrix") on central differences of the
     gradient over `data`, whose batches are read 2 `probes` times. Off the diagonal the signs
@@ -128,15 +129,19 @@ def hessian_diagonal(
             f"{len(batches)}, {probes} and {step}"
         )
     twin = model.copy()
-    start = {name: p.numpy() for name, p in twin.named_parameters()}
+    moved = {name: p for name, p in twin.named_parameters() if not is_scale(p)}
+    start = {name: p.numpy() for name, p in moved.items()}
     total = {name: np.zeros(w.shape) for name, w in start.items()}
     for _ in range(probes):
         signs = {name: rng.choice((-1.0, 1.0), w.shape) for name, w in start.items()}
+        for name, p in moved.items():
+            signs[name] *= 1 if p.mask is None else p.mask
         for side in (1, -1):
-            for name, p in twin.named_parameters():
+            for name, p in moved.items():
                 p.mutate()[...] = start[name] + (side * step * signs[name]).astype(p.dtype)
-            for name, grad in _gradient(twin, batches, loss).items():
-                total[name] += side * signs[name] * grad / (2 * step * probes)
+            found = _gradient(twin, batches, loss)
+            for name in moved:
+                total[name] += side * signs[name] * found[name] / (2 * step * probes)
     return total
 
 

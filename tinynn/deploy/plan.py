@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -38,6 +39,9 @@ class Plan:
     It keeps nothing of the model. Images pass through the network in chunks whose values stay in
     the cache; chunks are shared among threads. Of a single chunk threads share each layer, or its
     kernels use threads inside. The result has the same bits for every number of threads.
+
+    It can be called from several threads, pickled and copied. A process that was forked runs it on
+    one thread, since the others are not there; one that was spawned runs it on all.
     """
 
     def __init__(self, network: Network, threads: int | None = None) -> None:
@@ -211,6 +215,10 @@ class Plan:
 
     # --- files ------------------------------------------------------------------------------------
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or a plan that was pickled, is read from what `save` would write."""
+        return _read, (*file.to_file(self.network), self.threads)
+
     def save(self, path: storage.PathLike, *, deflate: bool = False) -> None:
         """Write the plan as one file, atomically: weights as they are run, or as they are packed
         from when it is loaded; a list of layers; a SHA-256 of everything.
@@ -235,6 +243,10 @@ class Plan:
         return _table(rows, 4)
 
 
+def _read(arrays: file.Stored, metadata: dict[str, str], threads: int | None) -> Plan:
+    return Plan(file.from_file(arrays, metadata, "a pickled plan"), threads)
+
+
 class _Schedule(NamedTuple):
     chunks: Array  # (n, 2): the address of the words of a program, its first image
     workers: int
@@ -243,10 +255,23 @@ class _Schedule(NamedTuple):
     team: tuple[Array, Array] | None  # what several threads run together: words, marks
 
 
+_forked = False  # whether this process is one
+
+
+def _fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_fork)
+
+
 @contextmanager
 def _threads(wanted: int | None) -> Iterator[int]:
     """The number of threads to use, which kernels inside see."""
-    if wanted == 1 or max_threads() == 1:  # asking and setting take longer than a small layer
+    # asking and setting take longer than a small layer; GNU OpenMP ends a forked process that asks
+    if wanted == 1 or max_threads() == 1 or _forked:
         yield 1
         return
     before = get_threads()

@@ -310,7 +310,10 @@ class IntegerLowering:
         x = self._grid(node)
         if x is None:
             return False
-        return self._moved(node, x, self.append(node, ByteReLU(x[1]), self._bytes(node, 0)))
+        (number,) = self._bytes(node, 0)
+        if x[1]:  # else no byte stands for less than 0
+            number = self.append(node, ByteReLU(x[1]), [number])
+        return self._moved(node, x, number)
 
     def _moved(self, node: Node, grid: Grid, number: int) -> bool:
         return self._made(Target((node.output,), (), False, grid), number)

@@ -160,11 +160,11 @@ def explain(
                 ways.append(Way(name, None, 0, 0, 0, {}))
                 continue
             plan = plans[name]
-            mine = [i] if name == DENSE else _standing_for(plan, step)
+            mine = [i] if name == DENSE else _standing_for(plan, dense, i)
             way = costs.way(name, plan, mine, seconds[name], calls)
             if name in bare and way.seconds is not None:
                 left = seconds[f"bare {name}"]
-                way = replace(way, fixed=sum(left[k] for k in _standing_for(bare[name], step)))
+                way = replace(way, fixed=sum(left[k] for k in _standing_for(bare[name], dense, i)))
             ways.append(way)
         weight = step.arrays.get("weight")
         others = [way for way in ways[1:] if weight is not None or way.seconds is not None]
@@ -242,16 +242,25 @@ def _times(plans: Mapping[str, Plan], x: Array) -> dict[str, list[float]]:
     return {name: [median(s) for s in zip(*rows, strict=True)] for name, rows in passes.items()}
 
 
-def _standing_for(plan: Plan, step: Step) -> list[int]:
-    """The layers of another plan that stand for this one: of its path, or two factors below it."""
+def _standing_for(plan: Plan, dense: Plan, i: int) -> list[int]:
+    """The layers of a plan that stand for layer i of the dense one: of its path, or two factors
+    below it; of a module that is used several times, those of the same use."""
+    step = dense.network.layers[i]
     if "weight" not in step.arrays:
         return []
     path = _path(step)
-    names = (path, *(f"{path}.{i}".lstrip(".") for i in (0, 1)))
+    found = _of_paths(plan, path, *(f"{path}.{k}".lstrip(".") for k in (0, 1)))
+    uses = _of_paths(dense, path)
+    ends = [len(found) * k // len(uses) for k in (uses.index(i), uses.index(i) + 1)]
+    return found[slice(*ends)]
+
+
+def _of_paths(plan: Plan, *paths: str) -> list[int]:
+    """The layers with weights of the modules at these paths."""
     return [
         i
         for i, layer in enumerate(plan.network.layers)
-        if "weight" in layer.arrays and _path(layer) in names
+        if "weight" in layer.arrays and _path(layer) in paths
     ]
 
 

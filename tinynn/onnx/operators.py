@@ -25,7 +25,7 @@ from tinynn.onnx.network import (
     Squeeze,
     Unsqueeze,
 )
-from tinynn.onnx.writer import IMAGE_AXIS, TO_IMAGE, TO_PLAIN
+from tinynn.onnx.writer import IMAGE_AXIS, TO_IMAGE, TO_PLAIN, Layout
 
 _IMAGE_FROM = {a: i for i, a in enumerate(IMAGE_AXIS)}  #: where axis a of NCHW lies in NHWC
 _OPEN = 2**62  #: slices end "at infinity" in many files
@@ -225,9 +225,18 @@ def _batchnorm(call: Call) -> None:
 
 
 def _global_pool(function: str, call: Call) -> None:
-    x = call.image(0)
-    y = call.add(Function(function, axis=(1, 2), keepdims=True), [x], "image")
-    call.result(y._replace(pixel=True))
+    call.result(_reduced(call, function, call.image(0), (1, 2), True))
+
+
+def _reduced(call: Call, function: str, x: Data, where: tuple[int, ...], keepdims: bool) -> Data:
+    """The reduction of x over the axes `where`, as x stands."""
+    pixel = x.layout == "image" and set(where) == {1, 2}
+    layout: Layout = x.layout if keepdims else "plain"
+    if function != "mean" or not pixel:
+        part = Function(function, axis=where, keepdims=keepdims)
+        return call.add(part, [x], layout)._replace(pixel=pixel and keepdims)
+    y = call.add(nn.GlobalAvgPool2d(), [x])  # which integer kernels run, too
+    return call.add(Unsqueeze(where), [y], layout)._replace(pixel=True) if keepdims else y
 
 
 def _reduce(function: str, call: Call) -> None:
@@ -247,10 +256,7 @@ def _reduce(function: str, call: Call) -> None:
     if x.layout == "image" and not keepdims:
         left = [_axis(x, a) for a in range(4) if a not in {b % 4 for b in axes}]
         x = x if left == sorted(left) else call.builder.plain(x)
-    where = tuple(_axis(x, a) for a in axes)
-    part = Function(function, axis=where, keepdims=keepdims)
-    y = call.add(part, [x], x.layout if keepdims else "plain")
-    call.result(y._replace(pixel=y.layout == "image" and set(where) == {1, 2}))
+    call.result(_reduced(call, function, x, tuple(_axis(x, a) for a in axes), keepdims))
 
 
 def _concat(call: Call) -> None:
