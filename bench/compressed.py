@@ -42,9 +42,8 @@ def cases(quick: bool) -> list[Case]:
         found.append(layer)
         for density in _QUICK_DENSITIES if quick else DENSITIES:
             found += [_extended(layer, f, density=density) for f in ("sparse", "sparse4x1")]
-        if is_product(layer):
-            found += [_extended(layer, "codebook", bits=b) for b in _BITS[: 1 if quick else None]]
-            found.append(_extended(layer, "float16"))
+        found += [_extended(layer, "codebook", bits=b) for b in _BITS[: 1 if quick else None]]
+        found.append(_extended(layer, "float16"))
         found.append(_extended(layer, "lowrank", rank=half_rank(*matrix(layer))))
         family = _INT8[0 if is_product(layer) else 1]
         found.append(dataclasses.replace(layer, family=family, dtype="int8"))
@@ -255,15 +254,22 @@ def _codebook(case: Case, x: Any, w: Any) -> layers.Call:
     from kernels import codebook
 
     book, codes = coded(layers.numbers(case.shape("x"), w.shape)[1], case.integer("bits"))
-    packed = codebook.pack(codes, book)
-    return lambda: codebook.linear(x, packed)
+    return _decoded(case, x, codebook.pack(codes, book))
 
 
 def _half(case: Case, x: Any, w: Any) -> layers.Call:
     from kernels import half
 
-    packed = half.pack(w)
-    return lambda: half.linear(x, packed)
+    return _decoded(case, x, half.pack(w))
+
+
+def _decoded(case: Case, x: Any, packed: Any) -> layers.Call:
+    from kernels import decoded
+
+    if is_product(case):
+        return lambda: decoded.linear(x, packed)
+    win = layers.Geometry.of(case).window()
+    return lambda: decoded.conv2d(x, packed, None, win)
 
 
 def _low_rank(case: Case, x: Any, w: Any) -> layers.Call:

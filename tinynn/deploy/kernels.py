@@ -6,16 +6,18 @@ others run layers whose weights have what they live on: zeros, few different val
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from kernels import codebook, decoded, half, sparse
+from kernels import codebook, conv, decoded, half, sparse
 from kernels import prepack_compressed as compressed
 from kernels.geometry import Window
 from kernels.prepack_compressed import Carver
 from kernels.program import Program
 from tinynn.compress import cluster
+from tinynn.deploy.kept import Kept
 from tinynn.deploy.steps import Conv, Layer, Linear, Site
 from tinynn.op import Array
 
@@ -37,8 +39,12 @@ class Kernel:
     #: what it can run, for errors
     needs = "a layer"
 
-    def applies(self, layer: Layer) -> bool:
-        """Whether it can run the layer."""
+    def take(self, layer: Layer) -> Layer | None:
+        """The layer to be run by it, with weights as it keeps them; None where it cannot."""
+        return replace(layer, kernel=self.name)
+
+    def cut(self, layer: Layer) -> bool:
+        """Whether rows of its result may be computed apart, where the layer's step allows that."""
         return True
 
     def stored(self, layer: Layer) -> Stored:
@@ -57,8 +63,12 @@ class Kernel:
 class _Compressed(Kernel):
     """Of linear layers and convolutions."""
 
-    def applies(self, layer: Layer) -> bool:
-        return isinstance(layer.step, Linear | Conv) and self._fits(layer)
+    def take(self, layer: Layer) -> Layer | None:
+        able = isinstance(layer.step, Linear | Conv) and self._fits(layer)
+        return super().take(layer) if able else None
+
+    def cut(self, layer: Layer) -> bool:
+        return False
 
     def _fits(self, layer: Layer) -> bool:
         raise NotImplementedError
@@ -110,41 +120,64 @@ class _Sparse(_Compressed):
 
 
 class _Decoded(_Compressed):
-    """Products with weights of few bits, decoded while they run."""
+    """Weights of few bits, kept so in memory and decoded while the layer runs.
 
-    def _fits(self, layer: Layer) -> bool:
-        return window(layer) == Window((1, 1)) and self._stream(layer) is not None
+    Not of depthwise layers: theirs are a hundredth of a network's weights, or less.
+    """
+
+    def take(self, layer: Layer) -> Layer | None:
+        weight = layer.arrays.get("weight")
+        if not isinstance(layer.step, Linear | Conv) or weight is None:
+            return None
+        if layer.kernel == self.name:
+            return layer
+        stream = self._stream(weight.reshape(-1, weight.shape[-1]))
+        if stream is None:
+            return None
+        kept: Any = Kept(weight.shape, stream)
+        return replace(layer, kernel=self.name, arrays={**layer.arrays, "weight": kept})
+
+    def cut(self, layer: Layer) -> bool:
+        return not conv.is_pointwise(window(layer))
 
     def stored(self, layer: Layer) -> Stored:
-        stream, w = self._stream(layer), layer.arrays["weight"]
-        assert stream is not None
-        books = stream.book.nbytes * w.shape[-1] / stream.columns if stream.kind < 0 else 0.0
+        w = _kept(layer)
+        stream, columns = w.source, w.shape[-1]
+        books = stream.book.nbytes * columns / stream.columns if stream.kind < 0 else 0.0
         return Stored(1.0, len(stream.data) - decoded.SLACK + books, 0.0)
 
-    def _stream(self, layer: Layer) -> decoded.Stream | None:
+    def scratch(self, layer: Layer, site: Site) -> int:
+        parts = site.program.team if self.cut(layer) else 1  # each decodes for itself
+        return super().scratch(layer, site) * parts
+
+    def _stream(self, w: Array) -> decoded.Stream | None:
+        """Weights (K, N) as it keeps them; None where they are not what it is for."""
         raise NotImplementedError
 
     def _run(self, layer: Layer, site: Site, program: Program | None, carve: Carver) -> None:
-        step = layer.step
+        step, w, win = layer.step, _kept(layer), window(layer)
         assert isinstance(step, Linear | Conv)
-        stream = site.packed.get(self.name, lambda: self._stream(layer))
-        K, N = layer.arrays["weight"].shape[-2:]
-        x, y = site.inputs[0].reshape(-1, K), site.output.reshape(-1, N)
-        bias = layer.arrays.get("bias")
+        x, y, bias = site.inputs[0], site.output, layer.arrays.get("bias")
+        if not conv.is_pointwise(win):
+            compressed.decoded_conv2d(
+                program, site.packed, x, w, bias, y, win, step.relu, step.onto, carve
+            )
+            return
+        K, N = w.shape[-2:]
+        x, y = x.reshape(-1, K), y.reshape(-1, N)
         compressed.decoded_linear(
-            program, site.packed, x, stream, bias, y, step.relu, step.onto, carve
+            program, site.packed, x, w.source, bias, y, step.relu, step.onto, carve
         )
 
 
 class _CodeBook(_Decoded):
     name = "codebook"
     needs = (
-        "a linear layer or a 1x1 convolution in float32 with at most 256 values, for the layer or "
-        "for each channel, that weights share"
+        "a linear layer or a convolution in float32, not depthwise, with at most 256 values, for "
+        "the layer or for each channel, that weights share"
     )
 
-    def _stream(self, layer: Layer) -> decoded.Stream | None:
-        w = matrix(layer)
+    def _stream(self, w: Array) -> decoded.Stream | None:
         book, codes = np.unique(w, return_inverse=True)
         if np.isnan(book).any():
             return None
@@ -159,10 +192,11 @@ class _CodeBook(_Decoded):
 
 class _Half(_Decoded):
     name = "float16"
-    needs = "a linear layer or a 1x1 convolution in float32 with weights that float16 holds"
+    needs = (
+        "a linear layer or a convolution in float32, not depthwise, with weights that float16 holds"
+    )
 
-    def _stream(self, layer: Layer) -> decoded.Stream | None:
-        w = matrix(layer)
+    def _stream(self, w: Array) -> decoded.Stream | None:
         return half.pack(w).source if np.array_equal(rounded(w), w) else None
 
 
@@ -172,10 +206,11 @@ def rounded(weights: Array) -> Array:
         return weights.astype(np.float16).astype(np.float32)
 
 
-def matrix(layer: Layer) -> Array:
-    """The weights (K, N) of a linear layer or a 1x1 convolution."""
-    w = layer.arrays["weight"]
-    return w.reshape(w.shape[-2:])
+def _kept(layer: Layer) -> Kept:
+    """The weights of a layer that a kernel took which decodes them."""
+    weight: Any = layer.arrays["weight"]
+    assert isinstance(weight, Kept)
+    return weight
 
 
 def window(layer: Layer) -> Window:
