@@ -113,7 +113,7 @@ def windows() -> nn.Module:
     rng = np.random.default_rng(0)
     body = nn.Sequential(nn.Conv2d(16, 16, 3, rng=rng), nn.ReLU(), nn.Conv2d(16, 16, 3, rng=rng))
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, rng=rng),
+        nn.Conv2d(8, 16, 3, rng=rng),
         nn.ReLU(),
         nn.Add(body, nn.Sequential()),
         nn.ReLU(),
@@ -127,7 +127,7 @@ def windows() -> nn.Module:
     ("kernel", "bits", "how"),
     [
         ("codebook", 4, lambda m: cluster.kmeans(m, 16)),
-        ("codebook", 2, lambda m: cluster.kmeans(m, 4, per="channel")),
+        ("codebook", 5, lambda m: cluster.kmeans(m, 32, per="channel")),
         ("float16", 16, lambda m: change(m, lambda w: w.astype(np.float16))),
     ],
 )
@@ -135,11 +135,11 @@ def test_windows_run_on_packed_weights_and_give_the_bits_of_dense_ones(
     kernel: str, bits: int, how: Any, tmp_path: Path
 ) -> None:
     model = how(windows())
-    x = np.random.default_rng(1).normal(size=(5, 12, 11, 3)).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=(5, 12, 11, 8)).astype(np.float32)
     dense = tn.compile(model, x, choose="dense", threads=1)
     weights = [p for p in model.parameters() if p.ndim > 1]
     held = sum(p.size * bits / 8 + 4 * p.shape[-1] for p in weights)
-    books = 4 * 4 * sum(p.shape[-1] for p in weights) if bits == 2 else 4 * 64
+    books = 4 * 32 * sum(p.shape[-1] for p in weights) if bits == 5 else 4 * 64
     room = 4 * 32 + 256  # behind streams of bits; the means' weights
     for threads in (1, 2) if max_threads() > 1 else (1,):
         plan = tn.compile(model, x, choose=kernel, threads=threads)
