@@ -211,15 +211,15 @@ def _dense(case: Case, x: Any, w: Any, bias: Any) -> Built:
     from kernels import pointwise
 
     if is_product(case):
-        return {"kernel": lambda: pointwise.matmul(x, w), "plan": _plan(case, x, w, bias)}
+        return {"kernel": lambda: pointwise.matmul(x, w), "plan": _plan(case, x, w, bias, "dense")}
     win = layers.Geometry.of(case).window()
     return {
         "kernel": lambda: convolution.conv2d(x, w, bias, win, False),
-        "plan": _plan(case, x, w, bias),
+        "plan": _plan(case, x, w, bias, "dense"),
     }
 
 
-def _plan(case: Case, x: Any, w: Any, bias: Any) -> layers.Call:
+def _plan(case: Case, x: Any, w: Any, bias: Any, kernel: str) -> layers.Call:
     import numpy as np
 
     import tinynn as tn
@@ -236,7 +236,7 @@ def _plan(case: Case, x: Any, w: Any, bias: Any) -> layers.Call:
     layer.weight.mutate()[...] = w
     if bias is not None and layer.bias is not None:
         layer.bias.mutate()[...] = bias
-    plan = tn.compile(nn.Sequential(layer), x, choose="dense")
+    plan = tn.compile(nn.Sequential(layer), x, choose=kernel)
     return lambda: plan(x)
 
 
@@ -253,23 +253,20 @@ def _sparse(case: Case, x: Any, w: Any) -> layers.Call:
 def _codebook(case: Case, x: Any, w: Any) -> layers.Call:
     from kernels import codebook
 
+    if not is_product(case):
+        return _plan(case, x, w, None, case.family)
     book, codes = coded(layers.numbers(case.shape("x"), w.shape)[1], case.integer("bits"))
-    return _decoded(case, x, codebook.pack(codes, book))
+    packed = codebook.pack(codes, book)
+    return lambda: codebook.linear(x, packed)
 
 
 def _half(case: Case, x: Any, w: Any) -> layers.Call:
     from kernels import half
 
-    return _decoded(case, x, half.pack(w))
-
-
-def _decoded(case: Case, x: Any, packed: Any) -> layers.Call:
-    from kernels import decoded
-
-    if is_product(case):
-        return lambda: decoded.linear(x, packed)
-    win = layers.Geometry.of(case).window()
-    return lambda: decoded.conv2d(x, packed, None, win)
+    if not is_product(case):
+        return _plan(case, x, w, None, case.family)
+    packed = half.pack(w)
+    return lambda: half.linear(x, packed)
 
 
 def _low_rank(case: Case, x: Any, w: Any) -> layers.Call:

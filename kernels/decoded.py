@@ -43,15 +43,23 @@ _DEPTH = 512  # rows decoded at a time, at most
 
 def _panel(kind: int) -> Any:
     def panel(S, book, columns, K, N, first, cols, W, D):
-        # D[LEAD + k W + j] = W[k, first + j] of weights (K, N), j < cols <= W; what is between and
-        # before these is any.  D (LEAD + K W,)
+        # D[LEAD + k W + j] = weight (k, first + j) of (K, N) where j < cols, 0 for others, j < W
+        # D (LEAD + K W,), of which the first LEAD become any numbers
+        if N % 16 == 0 and first % 16 == 0 and cols % 16 == 0 and cols == W:  # done sooner
+            for k in range(K):
+                for j in range(0, cols, 16):
+                    n, at = k * N + first + j, LEAD + k * W + j
+                    simd_decode.decode(kind, S, n, book, n % columns, columns, D, at, 16)
+            return
         # Sixteen weights may begin before those of a row: the row before is put there later.
         for k in range(K - 1, -1, -1):
             i = k * N + first
             start, end = i // 16 * 16, i + cols
             for n in range(start, end, 16):
-                at = LEAD + k * W + n - i
-                simd_decode.decode(kind, S, n, book, n % columns, columns, D, at, min(16, end - n))
+                at, count = LEAD + k * W + n - i, min(16, end - n)
+                simd_decode.decode(kind, S, n, book, n % columns, columns, D, at, count)
+            for j in range(cols, W):
+                D[LEAD + k * W + j] = 0
 
     return panel
 
