@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels import _jit, codebook, conv
+from kernels import _jit, codebook, conv, decoded
 from kernels import reference as plain
 from kernels import reference_compressed as reference
 from kernels.geometry import Window, window
@@ -53,6 +53,22 @@ def test_decoding_is_exact(bits, k, n, each):
     assert layer.bits == bits
     weights = reference.look_up(codebook.codes(layer), layer.book)
     np.testing.assert_array_equal(codebook.unpack(layer), weights)
+
+
+@pytest.mark.parametrize(("bits", "each"), KINDS)
+@pytest.mark.parametrize(
+    ("channels", "first", "cols", "width"), [(32, 16, 16, 16), (21, 13, 7, 16), (21, 4, 17, 24)]
+)
+def test_panels_hold_their_columns_and_zeros(channels, first, cols, width, bits, each):
+    layer = packed((9, channels), bits, each)
+    kind, data, book, columns = layer.source
+    out = np.full(decoded.LEAD + 9 * width, np.nan, np.float32)
+    run = decoded.panel_kernel(kind).serial
+    run(data, book, columns, 9, channels, first, cols, width, out)
+    exact = np.zeros((9, width), np.float32)
+    weights = reference.look_up(codebook.codes(layer), layer.book)
+    exact[:, :cols] = weights[:, first : first + cols]
+    np.testing.assert_array_equal(out[decoded.LEAD :].reshape(9, width), exact)
 
 
 def test_bytes_are_those_of_the_codes_and_the_book():
