@@ -149,18 +149,21 @@ def depthwise2d(
     program: Program,
     packed: Packed,
     x: Slot,
-    w: np.ndarray,
+    w: np.ndarray | Slot,
     bias: np.ndarray | None,
     y: Slot,
     win: Window,
     relu: bool = False,
 ) -> None:
-    """y (B, OH, OW, C) = each channel of x (B, H, W, C) with its own kernel w (KH, KW, C)."""
+    """y (B, OH, OW, C) = each channel of x (B, H, W, C) with its own kernel w (KH, KW, C).
+
+    w may be a slot for 16 channels or more, which fill a vector on every level.
+    """
     B, H, W, C = x.shape
     narrow = simd.LANES > C
 
     def flat() -> np.ndarray:
-        rows = w.reshape(-1, C)
+        rows: Any = w.reshape(-1, C)
         return depthwise._widened(rows, simd.LANES) if narrow else rows
 
     def wide() -> np.ndarray:
@@ -172,7 +175,8 @@ def depthwise2d(
     tasks = min(y.shape[1], max(1, depthwise._TASKS // B))
     program.add(
         kernel, x.nbytes + y.nbytes,
-        x, packed.get("w", flat), packed.get("b", wide), _low(relu), y, plan.table,
+        x, w.reshape(-1, C) if isinstance(w, Slot) else packed.get("w", flat),
+        packed.get("b", wide), _low(relu), y, plan.table,
         tasks if program.threads else 1, y.nbytes >= depthwise._STREAM_BYTES,
     )  # fmt: skip
 

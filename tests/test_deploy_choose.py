@@ -109,7 +109,7 @@ def test_a_code_book_for_each_channel(tmp_path: Path) -> None:
 
 
 def windows() -> nn.Module:
-    """Convolutions with windows alone, one onto a result, one with strides, all with biases."""
+    """Convolutions with windows alone, one onto a result, two with strides, all with biases."""
     rng = np.random.default_rng(0)
     body = nn.Sequential(nn.Conv2d(16, 16, 3, rng=rng), nn.ReLU(), nn.Conv2d(16, 16, 3, rng=rng))
     model = nn.Sequential(
@@ -118,6 +118,7 @@ def windows() -> nn.Module:
         nn.Add(body, nn.Sequential()),
         nn.ReLU(),
         nn.Conv2d(16, 20, 3, stride=2, rng=rng),
+        nn.DepthwiseConv2d(20, 3, stride=2, rng=rng),
         nn.GlobalAvgPool2d(),
     )
     return change(model, lambda w: w).eval()
@@ -138,12 +139,12 @@ def test_windows_run_on_packed_weights_and_give_the_bits_of_dense_ones(
     x = np.random.default_rng(1).normal(size=(5, 12, 11, 8)).astype(np.float32)
     dense = tn.compile(model, x, choose="dense", threads=1)
     weights = [p for p in model.parameters() if p.ndim > 1]
-    held = sum(p.size * bits / 8 + 4 * p.shape[-1] for p in weights)
-    books = 4 * 32 * sum(p.shape[-1] for p in weights) if bits == 5 else 4 * 64
-    room = 4 * 32 + 256  # behind streams of bits; the means' weights
+    held = sum(p.size * (bits / 8 if p.ndim > 1 else 4) for p in model.parameters())
+    books = 4 * 32 * sum(p.shape[-1] for p in weights) if bits == 5 else 5 * 64
+    room = 5 * 32 + 256  # behind streams of bits; the means' weights
     for threads in (1, 2) if max_threads() > 1 else (1,):
         plan = tn.compile(model, x, choose=kernel, threads=threads)
-        assert [a.kernel for a in plan.network.layers].count(kernel) == 4
+        assert [a.kernel for a in plan.network.layers].count(kernel) == 5
         plan.save(tmp_path / "plan")
         again = tn.Plan.load(tmp_path / "plan", threads=threads)
         for batch in (x[:1], x[:2], x):
@@ -155,7 +156,7 @@ def test_windows_run_on_packed_weights_and_give_the_bits_of_dense_ones(
             assert all(w.nbytes < w.size * 4 for w in kept)
             assert all(map(np.array_equal, kept, weights))
     size = sum(p.size for p in weights)
-    assert dense.resident_nbytes > 2 * 4 * size  # as they are saved, and as panels
+    assert dense.resident_nbytes > 1.9 * 4 * size  # most as they are saved, and as panels
 
 
 def test_float16_rounds_the_weights_and_halves_the_file() -> None:

@@ -18,7 +18,7 @@ from kernels.prepack_compressed import Carver
 from kernels.program import Program
 from tinynn.compress import cluster
 from tinynn.deploy.kept import Kept
-from tinynn.deploy.steps import Conv, Layer, Linear, Site
+from tinynn.deploy.steps import Conv, Depthwise, Layer, Linear, Site
 from tinynn.op import Array
 
 _ZEROS = 0.2  # the least share of zeros that sparse kernels are tried for
@@ -120,15 +120,16 @@ class _Sparse(_Compressed):
 
 
 class _Decoded(_Compressed):
-    """Weights of few bits, kept so in memory and decoded while the layer runs.
+    """Weights of few bits, kept so in memory and decoded while the layer runs."""
 
-    Not of depthwise layers: theirs are a hundredth of a network's weights, or less.
-    """
+    needs = "a linear layer or a convolution in float32 (of depthwise ones those of 16 channels on)"
 
     def take(self, layer: Layer) -> Layer | None:
-        weight = layer.arrays.get("weight")
-        if not isinstance(layer.step, Linear | Conv) or weight is None:
+        if not isinstance(layer.step, Linear | Conv | Depthwise):
             return None
+        weight = layer.arrays["weight"]
+        if isinstance(layer.step, Depthwise) and (weight.shape[2] < 16 or weight.shape[3] > 1):
+            return None  # they are few
         if layer.kernel == self.name:
             return layer
         stream = self._stream(weight.reshape(-1, weight.shape[-1]))
@@ -156,8 +157,13 @@ class _Decoded(_Compressed):
 
     def _run(self, layer: Layer, site: Site, program: Program | None, carve: Carver) -> None:
         step, w, win = layer.step, _kept(layer), window(layer)
-        assert isinstance(step, Linear | Conv)
         x, y, bias = site.inputs[0], site.output, layer.arrays.get("bias")
+        if isinstance(step, Depthwise):
+            compressed.decoded_depthwise2d(
+                program, site.packed, x, w, bias, y, win, step.relu, carve
+            )
+            return
+        assert isinstance(step, Linear | Conv)
         if not conv.is_pointwise(win):
             compressed.decoded_conv2d(
                 program, site.packed, x, w, bias, y, win, step.relu, step.onto, carve
@@ -173,8 +179,8 @@ class _Decoded(_Compressed):
 class _CodeBook(_Decoded):
     name = "codebook"
     needs = (
-        "a linear layer or a convolution in float32, not depthwise, with at most 256 values, for "
-        "the layer or for each channel, that weights share"
+        f"{_Decoded.needs} with at most 256 values, for the layer or for each channel, that "
+        "weights share"
     )
 
     def _stream(self, w: Array) -> decoded.Stream | None:
@@ -192,9 +198,7 @@ class _CodeBook(_Decoded):
 
 class _Half(_Decoded):
     name = "float16"
-    needs = (
-        "a linear layer or a convolution in float32, not depthwise, with weights that float16 holds"
-    )
+    needs = f"{_Decoded.needs} with weights that float16 holds"
 
     def _stream(self, w: Array) -> decoded.Stream | None:
         return half.pack(w).source if np.array_equal(rounded(w), w) else None
@@ -216,7 +220,7 @@ def _kept(layer: Layer) -> Kept:
 def window(layer: Layer) -> Window:
     """The window of a convolution; a linear layer slides one of 1x1 over one pixel."""
     step = layer.step
-    if not isinstance(step, Conv):
+    if not isinstance(step, Conv | Depthwise):
         return Window((1, 1))
     w = layer.arrays["weight"]
     return Window((w.shape[0], w.shape[1]), step.stride, step.padding, step.dilation)
