@@ -111,6 +111,9 @@ def test_the_table_and_the_file_say_all(found: tn.Explanation) -> None:
     again = json.loads(json.dumps(found.as_dict()))
     assert [entry["path"] for entry in again["layers"]] == [layer.path for layer in found.layers]
     assert set(again["plans"]) == set(measure.TECHNIQUES)
+    memory = {name: plan["memory"] for name, plan in again["plans"].items()}
+    assert memory["codebook"] < memory["float16"] < memory["dense"] / 3
+    assert f"{memory['float16'] / 1e3:.1f} kB of weights in memory" in printed
     assert again["settings"] == {"density": 0.25, "entries": 8, "threads": 1}
 
 
