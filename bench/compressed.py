@@ -42,9 +42,8 @@ def cases(quick: bool) -> list[Case]:
         found.append(layer)
         for density in _QUICK_DENSITIES if quick else DENSITIES:
             found += [_extended(layer, f, density=density) for f in ("sparse", "sparse4x1")]
-        if is_product(layer):
-            found += [_extended(layer, "codebook", bits=b) for b in _BITS[: 1 if quick else None]]
-            found.append(_extended(layer, "float16"))
+        found += [_extended(layer, "codebook", bits=b) for b in _BITS[: 1 if quick else None]]
+        found.append(_extended(layer, "float16"))
         found.append(_extended(layer, "lowrank", rank=half_rank(*matrix(layer))))
         family = _INT8[0 if is_product(layer) else 1]
         found.append(dataclasses.replace(layer, family=family, dtype="int8"))
@@ -212,15 +211,15 @@ def _dense(case: Case, x: Any, w: Any, bias: Any) -> Built:
     from kernels import pointwise
 
     if is_product(case):
-        return {"kernel": lambda: pointwise.matmul(x, w), "plan": _plan(case, x, w, bias)}
+        return {"kernel": lambda: pointwise.matmul(x, w), "plan": _plan(case, x, w, bias, "dense")}
     win = layers.Geometry.of(case).window()
     return {
         "kernel": lambda: convolution.conv2d(x, w, bias, win, False),
-        "plan": _plan(case, x, w, bias),
+        "plan": _plan(case, x, w, bias, "dense"),
     }
 
 
-def _plan(case: Case, x: Any, w: Any, bias: Any) -> layers.Call:
+def _plan(case: Case, x: Any, w: Any, bias: Any, kernel: str) -> layers.Call:
     import numpy as np
 
     import tinynn as tn
@@ -237,7 +236,7 @@ def _plan(case: Case, x: Any, w: Any, bias: Any) -> layers.Call:
     layer.weight.mutate()[...] = w
     if bias is not None and layer.bias is not None:
         layer.bias.mutate()[...] = bias
-    plan = tn.compile(nn.Sequential(layer), x, choose="dense")
+    plan = tn.compile(nn.Sequential(layer), x, choose=kernel)
     return lambda: plan(x)
 
 
@@ -254,6 +253,8 @@ def _sparse(case: Case, x: Any, w: Any) -> layers.Call:
 def _codebook(case: Case, x: Any, w: Any) -> layers.Call:
     from kernels import codebook
 
+    if not is_product(case):
+        return _plan(case, x, w, None, case.family)
     book, codes = coded(layers.numbers(case.shape("x"), w.shape)[1], case.integer("bits"))
     packed = codebook.pack(codes, book)
     return lambda: codebook.linear(x, packed)
@@ -262,6 +263,8 @@ def _codebook(case: Case, x: Any, w: Any) -> layers.Call:
 def _half(case: Case, x: Any, w: Any) -> layers.Call:
     from kernels import half
 
+    if not is_product(case):
+        return _plan(case, x, w, None, case.family)
     packed = half.pack(w)
     return lambda: half.linear(x, packed)
 

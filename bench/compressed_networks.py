@@ -67,9 +67,8 @@ def _dtype(family: str) -> str:
 def _models(family: str) -> list[str]:
     if family == "plan_dense":
         return list(MODELS)
-    windowed = family not in ("plan_codebook", "plan_float16")  # these have kernels for products
     large = ["separable_resnet34"] if family == "plan_int8" else []
-    return ["small_cifar", *(["baseline"] if windowed else []), *large]
+    return ["small_cifar", "baseline", *large]
 
 
 def _choices(family: str) -> list[tuple[dict[str, Any], str]]:

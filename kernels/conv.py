@@ -208,6 +208,32 @@ class _Call(NamedTuple):
     bands: int
     groups: int
 
+    def packed(self, channels: int) -> tuple[int, ...]:
+        """The shape of its panels of weights, for an image of so many channels."""
+        part, (ky, kx) = self.part, self.taps
+        return part.panels, len(ky), len(kx), channels, part.width
+
+    def arguments(self, x: Any, panels: Any, bias: Any, low: Any, y: Any, onto: bool) -> Any:
+        """What its kernel takes, of arrays or of what stands for them in a program."""
+        part, tables = self.part, (*self.tables, *self.steps)
+        shares = self.block, self.bands, self.groups
+        return x, panels, bias, low, y, *tables, part.first, part.cols, *shares, onto
+
+    def fill(self, w: np.ndarray, panels: np.ndarray) -> None:
+        """Pack its part of the weights."""
+        kernel = self.pack.choose(2 * panels.nbytes)
+        kernel(w, *self.taps, self.part.first, self.part.cols, panels)
+
+    def alone(self) -> list[_Call]:
+        """A call for each of its panels, which lies by itself."""
+        part, found = self.part, []
+        for first in range(0, part.cols, part.width):
+            cols = min(part.width, part.cols - first)
+            one = part._replace(first=part.first + first, cols=cols, panels=1)
+            macs = self.macs // part.cols * cols
+            found.append(self._replace(part=one, macs=macs, groups=1))
+        return found
+
 
 @lru_cache(1024)
 def _calls(
@@ -285,24 +311,9 @@ def _convolve(
     least, C = x.dtype.type(low), x.shape[3]
     lanes = simd.LANES * 4 // x.itemsize
     for call in _calls(x.shape, y.shape, win, forward, turned, lanes):
-        part, (ky, kx) = call.part, call.taps
-        panel = _aligned((part.panels, len(ky), len(kx), C, part.width), x.dtype)
-        call.pack.choose(2 * panel.nbytes)(w, ky, kx, part.first, part.cols, panel)
-        call.kernel.choose(call.macs)(
-            x,
-            panel,
-            added,
-            least,
-            y,
-            *call.tables,
-            *call.steps,
-            part.first,
-            part.cols,
-            call.block,
-            call.bands,
-            call.groups,
-            False,
-        )
+        panels = _aligned(call.packed(C), x.dtype)
+        call.fill(w, panels)
+        call.kernel.choose(call.macs)(*call.arguments(x, panels, added, least, y, False))
 
 
 # --- what is called -------------------------------------------------------------------------------

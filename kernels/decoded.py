@@ -11,7 +11,9 @@ tile runs over it for all rows of x before the next part is decoded:
 Each weight is decoded once for up to 240 rows of x. For one row of x it is multiplied where it is
 decoded: there is less to read, and no buffer.
 
-A convolution decodes all its weights first, once a call, and runs as `kernels.conv`.
+A convolution decodes the weights of one panel of its channels, which lie in a buffer as packed ones
+would, and the tiles of `kernels.conv` run over it for all images before the next panel is decoded.
+Every bit of its result is that of the dense convolution.
 """
 
 # mypy: allow-untyped-defs
@@ -31,6 +33,7 @@ from kernels.geometry import Window
 from kernels.product import _aligned
 
 SLACK = 32  # bytes behind a stream that may be read
+LEAD = 16  # numbers before a decoded panel that may be written
 _BUFFER_BYTES = 128 * 1024
 _BLOCK_ROWS = 240  # of x, for which weights are decoded once
 _PARTS = 16  # of the sum over k or of the columns, where x has few rows
@@ -38,17 +41,27 @@ _WIDE = 128  # columns decoded at a time, at most: a part of a row that fills ca
 _DEPTH = 512  # rows decoded at a time, at most
 
 
-def _all(kind: int) -> Any:
-    def decode_all(S, book, columns, D):
-        # D (weights,) = the whole stream
-        size = D.size
-        pieces = (size + 4095) // 4096
-        for piece in prange(pieces):
-            for i in range(piece * 4096, min(size, piece * 4096 + 4096), 16):
-                count = min(16, size - i)
-                simd_decode.decode(kind, S, i, book, i % columns, columns, D, i, count)
+def _panel(kind: int) -> Any:
+    def panel(S, book, columns, K, N, first, cols, W, D):
+        # D[LEAD + k W + j] = weight (k, first + j) of (K, N) where j < cols, 0 for others, j < W
+        # D (LEAD + K W,), of which the first LEAD become any numbers
+        if N % 16 == 0 and first % 16 == 0 and cols % 16 == 0 and cols == W:  # done sooner
+            for k in range(K):
+                for j in range(0, cols, 16):
+                    n, at = k * N + first + j, LEAD + k * W + j
+                    simd_decode.decode(kind, S, n, book, n % columns, columns, D, at, 16)
+            return
+        # Sixteen weights may begin before those of a row: the row before is put there later.
+        for k in range(K - 1, -1, -1):
+            i = k * N + first
+            start, end = i // 16 * 16, i + cols
+            for n in range(start, end, 16):
+                at, count = LEAD + k * W + n - i, min(16, end - n)
+                simd_decode.decode(kind, S, n, book, n % columns, columns, D, at, count)
+            for j in range(cols, W):
+                D[LEAD + k * W + j] = 0
 
-    return decode_all
+    return panel
 
 
 def _products(kind: int, mr: int, nr: int) -> Any:
@@ -210,9 +223,9 @@ class Packed(Protocol):
 
 
 @cache
-def decode_kernel(kind: int) -> Variants:
-    """Of a whole stream: (S, book, columns, D)."""
-    return Variants(_all(kind))
+def panel_kernel(kind: int) -> Variants:
+    """Of some columns of the weights, serial only: see `_panel`."""
+    return Variants(_panel(kind))
 
 
 @cache
@@ -229,10 +242,11 @@ def rows_kernel(kind: int) -> Variants:
 
 def unpack(packed: Packed) -> np.ndarray:
     """The weights, float32."""
-    out = memory.empty(packed.shape, np.float32)
+    size = math.prod(packed.shape)
+    out = memory.empty((LEAD + size,), np.float32)
     kind, data, book, columns = packed.source
-    decode_kernel(kind).choose(out.nbytes)(data, book, columns, out.reshape(-1))
-    return out
+    panel_kernel(kind).serial(data, book, columns, 1, size, 0, size, size, out)
+    return out[LEAD:].reshape(packed.shape)
 
 
 def linear(
@@ -320,11 +334,18 @@ def conv2d(
         linear(x.reshape(-1, shape[2]), packed, bias, relu, flat)
         return y
     x, added = operands(name, x, bias, shape[3])
-    y = conv.conv2d(x, unpack(packed), added, win, relu)
-    if out is None:
-        return y
-    result(name, size, out)[...] = y
-    return out
+    y = result(name, size, out)
+    kind, data, book, columns = packed.source
+    (K, N), low = matrix(shape), np.float32(0 if relu else -np.inf)
+    for call in conv._calls(x.shape, size, win, True, False, simd.LANES):
+        width = call.part.width
+        scratch = _aligned((LEAD + K * width,), x.dtype)
+        for one in call.alone():
+            first, cols = one.part.first, one.part.cols
+            panel_kernel(kind).serial(data, book, columns, K, N, first, cols, width, scratch)
+            panel = scratch[LEAD:].reshape(one.packed(shape[2]))
+            one.kernel.choose(one.macs)(*one.arguments(x, panel, added, low, y, False))
+    return y
 
 
 def operands(name: str, x: np.ndarray, bias: np.ndarray | None, channels: int) -> Any:

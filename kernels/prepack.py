@@ -12,7 +12,8 @@ float32, weights and biases (bias None: zeros) C-contiguous arrays of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,19 @@ class Packed:
         return self._made[key]
 
     @property
-    def nbytes(self) -> int:
-        """The bytes of all arrays made."""
-        return sum(a.nbytes for a in self._made.values() if isinstance(a, np.ndarray))
+    def arrays(self) -> list[np.ndarray]:
+        """All arrays made."""
+        return list(_arrays(tuple(self._made.values())))
+
+
+def _arrays(made: Any) -> Iterator[np.ndarray]:
+    if isinstance(made, np.ndarray):
+        yield made
+    elif isinstance(made, tuple | list):
+        for part in made:
+            yield from _arrays(part)
+    elif is_dataclass(made):
+        yield from _arrays(tuple(vars(made).values()))
 
 
 def _low(relu: bool) -> np.float32:
@@ -121,21 +132,16 @@ def conv2d(
     added = _bias(packed, bias, N)
     lanes = simd.LANES
     for call in conv._calls(x.shape, y.shape, win, not transposed, False, lanes):
-        part, (ky, kx) = call.part, call.taps
 
         def pack(call: Any = call) -> np.ndarray:
-            part, (ky, kx) = call.part, call.taps
-            panel = _empty((part.panels, len(ky), len(kx), C, part.width))
-            call.pack.choose(2 * panel.nbytes)(w, ky, kx, part.first, part.cols, panel)
-            return panel
+            panels = _empty(call.packed(C))
+            call.fill(w, panels)
+            return panels
 
+        part, (ky, kx) = call.part, call.taps
         key = ("conv", part.first, part.cols, part.width, tuple(ky), tuple(kx))
-        panel = packed.get(key, pack)
-        program.add(
-            call.kernel, call.macs,
-            x, panel, added, _low(relu), y, *call.tables, *call.steps,
-            part.first, part.cols, call.block, call.bands, call.groups, onto,
-        )  # fmt: skip
+        panels = packed.get(key, pack)
+        program.add(call.kernel, call.macs, *call.arguments(x, panels, added, _low(relu), y, onto))
     return None
 
 
@@ -143,18 +149,21 @@ def depthwise2d(
     program: Program,
     packed: Packed,
     x: Slot,
-    w: np.ndarray,
+    w: np.ndarray | Slot,
     bias: np.ndarray | None,
     y: Slot,
     win: Window,
     relu: bool = False,
 ) -> None:
-    """y (B, OH, OW, C) = each channel of x (B, H, W, C) with its own kernel w (KH, KW, C)."""
+    """y (B, OH, OW, C) = each channel of x (B, H, W, C) with its own kernel w (KH, KW, C).
+
+    w may be a slot for 16 channels or more, which fill a vector on every level.
+    """
     B, H, W, C = x.shape
     narrow = simd.LANES > C
 
     def flat() -> np.ndarray:
-        rows = w.reshape(-1, C)
+        rows: Any = w.reshape(-1, C)
         return depthwise._widened(rows, simd.LANES) if narrow else rows
 
     def wide() -> np.ndarray:
@@ -166,7 +175,8 @@ def depthwise2d(
     tasks = min(y.shape[1], max(1, depthwise._TASKS // B))
     program.add(
         kernel, x.nbytes + y.nbytes,
-        x, packed.get("w", flat), packed.get("b", wide), _low(relu), y, plan.table,
+        x, w.reshape(-1, C) if isinstance(w, Slot) else packed.get("w", flat),
+        packed.get("b", wide), _low(relu), y, plan.table,
         tasks if program.threads else 1, y.nbytes >= depthwise._STREAM_BYTES,
     )  # fmt: skip
 

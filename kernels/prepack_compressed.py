@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from kernels import decoded, simd, sparse
+from kernels import conv, decoded, simd, sparse
 from kernels.geometry import Window
-from kernels.prepack import Packed, _bias, _low
+from kernels.prepack import Packed, _bias, _low, depthwise2d
 from kernels.program import ALIGNMENT, Program, Slot
 
 _BYTES = np.dtype(np.uint8)
@@ -126,3 +126,62 @@ def decoded_linear(
             x, w.data, w.book, w.columns, added, _low(relu),
             y.reshape(1, M, N), N, block, tuple(how), onto, scratch,
         )  # fmt: skip
+
+
+def decoded_conv2d(
+    program: Program | None,
+    packed: Packed,
+    x: Slot,
+    w: decoded.Packed,
+    bias: np.ndarray | None,
+    y: Slot,
+    win: Window,
+    relu: bool,
+    onto: bool,
+    carve: Carver,
+) -> None:
+    """y (B, OH, OW, N) = `decoded.conv2d` of x (B, H, W, C); its calls run in order."""
+    (K, N), (kind, data, book, columns) = decoded.matrix(w.shape), w.source
+    added = _bias(packed, bias, N)
+    calls = conv._calls(x.shape, y.shape, win, True, False, simd.LANES)
+    scratch = carve.take((decoded.LEAD + K * max(call.part.width for call in calls),))
+    if program is None:
+        return
+    with program.in_order():
+        for one in (one for call in calls for one in call.alone()):
+            part = one.part
+            program.add(
+                decoded.panel_kernel(kind), 0,
+                data, book, columns, K, N, part.first, part.cols, part.width, scratch,
+            )  # fmt: skip
+            panel = _behind_lead(scratch, one.packed(x.shape[3]))
+            program.add(one.kernel, one.macs, *one.arguments(x, panel, added, _low(relu), y, onto))
+
+
+def decoded_depthwise2d(
+    program: Program | None,
+    packed: Packed,
+    x: Slot,
+    w: decoded.Packed,
+    bias: np.ndarray | None,
+    y: Slot,
+    win: Window,
+    relu: bool,
+    carve: Carver,
+) -> None:
+    """`prepack.depthwise2d` with packed weights (KH, KW, C, 1), C >= 16; its calls run in order."""
+    size, (kind, data, book, columns) = math.prod(w.shape), w.source
+    scratch = carve.take((decoded.LEAD + size,))
+    if program is None:
+        return
+    with program.in_order():
+        program.add(
+            decoded.panel_kernel(kind), 0, data, book, columns, 1, size, 0, size, size, scratch
+        )
+        depthwise2d(program, packed, x, _behind_lead(scratch, w.shape[:3]), bias, y, win, relu)
+
+
+def _behind_lead(scratch: Slot, shape: tuple[int, ...]) -> Slot:
+    """Where the numbers of a decoded panel lie."""
+    start = scratch.offset + decoded.LEAD * scratch.dtype.itemsize
+    return scratch._replace(offset=start, shape=shape)

@@ -7,12 +7,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels import _jit, codebook, conv
+from kernels import _jit, codebook, conv, decoded
+from kernels import reference as plain
 from kernels import reference_compressed as reference
 from kernels.geometry import Window, window
 
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 BITS = st.integers(1, 8)
+KINDS = [(3, True), (8, False)]  #: bits, and whether a channel has a book of its own
 
 
 @pytest.fixture(params=["serial", "parallel"], scope="module", autouse=True)
@@ -53,6 +55,22 @@ def test_decoding_is_exact(bits, k, n, each):
     np.testing.assert_array_equal(codebook.unpack(layer), weights)
 
 
+@pytest.mark.parametrize(("bits", "each"), KINDS)
+@pytest.mark.parametrize(
+    ("channels", "first", "cols", "width"), [(32, 16, 16, 16), (21, 13, 7, 16), (21, 4, 17, 24)]
+)
+def test_panels_hold_their_columns_and_zeros(channels, first, cols, width, bits, each):
+    layer = packed((9, channels), bits, each)
+    kind, data, book, columns = layer.source
+    out = np.full(decoded.LEAD + 9 * width, np.nan, np.float32)
+    run = decoded.panel_kernel(kind).serial
+    run(data, book, columns, 9, channels, first, cols, width, out)
+    exact = np.zeros((9, width), np.float32)
+    weights = reference.look_up(codebook.codes(layer), layer.book)
+    exact[:, :cols] = weights[:, first : first + cols]
+    np.testing.assert_array_equal(out[decoded.LEAD :].reshape(9, width), exact)
+
+
 def test_bytes_are_those_of_the_codes_and_the_book():
     layer = packed((100, 70), 3, False)
     assert layer.nbytes == -(-7000 * 3 // 8) + layer.book.nbytes
@@ -64,7 +82,7 @@ def test_bytes_are_those_of_the_codes_and_the_book():
     st.sampled_from([1, 2, 3, 7, 30, 250]),
     st.integers(1, 300),
     st.one_of(st.integers(1, 40), st.sampled_from([16, 64, 70, 272])),
-    st.sampled_from([(3, True), (8, False)]),
+    st.sampled_from(KINDS),
     st.booleans(),
 )
 def test_linear(m, k, n, kind, relu):
@@ -79,24 +97,37 @@ def test_linear(m, k, n, kind, relu):
     np.testing.assert_array_equal(codebook.linear(x, layer, bias, relu), out)
 
 
-@pytest.mark.parametrize("each", [False, True])
-@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
-def test_convolution(kernel, each):
-    win = window(6, 7, kernel, (1, 1), "same")
-    layer = packed((*kernel, 5, 18), 4, each)
+# Rows that begin at sixteens or not, panels filled in part, several panels.
+CONVOLUTIONS = [
+    (Window((1, 1)), 18),
+    (window(6, 7, (3, 3), (1, 1), "same"), 18),
+    (window(6, 7, (3, 2), (2, 2), "same"), 16),
+    (Window((2, 3), (1, 2), ((1, 0), (2, 1)), (2, 1)), 32),
+    (Window((1, 1), (2, 1)), 18),
+]
+
+
+@pytest.mark.parametrize(("bits", "each"), KINDS)
+@pytest.mark.parametrize(("win", "channels"), CONVOLUTIONS)
+def test_convolution(win, channels, bits, each):
     rng = np.random.default_rng(1)
-    x, bias = rng.standard_normal((3, 6, 7, 5)).astype(np.float32), np.ones(18, np.float32)
+    x = rng.standard_normal((2, 6, 7, 5)).astype(np.float32)
+    layer = packed((*win.kernel, 5, channels), bits, each)
+    bias = np.linspace(-1, 1, channels).astype(np.float32)
     y = codebook.conv2d(x, layer, bias, win, True)
     out = np.zeros_like(y)
-    codebook.conv2d(x, layer, bias, win, True, out=out)
+    assert codebook.conv2d(x, layer, bias, win, True, out=out) is out
     np.testing.assert_array_equal(out, y)
     weights = reference.look_up(codebook.codes(layer), layer.book)
-    check(y, conv.conv2d(x.astype(np.float64), *map(np.float64, (weights, bias)), win, True), 45)
+    if not conv.is_pointwise(win):  # every bit is that of the dense kernel
+        np.testing.assert_array_equal(y, conv.conv2d(x, weights, bias, win, True))
+    exact = plain.conv2d(x.astype(np.float64), weights.astype(np.float64), bias, win)
+    check(y, np.maximum(exact, 0), 45)
 
 
-@pytest.mark.parametrize("each", [False, True])
-def test_nan_and_infinity_mark_their_row_and_column_only(each):
-    layer = packed((40, 20), 4, each)
+@pytest.mark.parametrize(("bits", "each"), KINDS)
+def test_nan_and_infinity_mark_their_row_and_column_only(bits, each):
+    layer = packed((40, 20), bits, each)
     weights = codebook.unpack(layer)
     x = np.ones((9, 40), np.float32)
     x[4, 3] = np.nan
@@ -115,7 +146,7 @@ def test_nan_and_infinity_mark_their_row_and_column_only(each):
 @pytest.mark.parametrize("sizes", [(1, 900, 300), (700, 130, 70)])
 def test_threads_do_not_change_a_bit(sizes):
     m, k, n = sizes
-    layer = packed((k, n), 4, False)
+    layer = packed((k, n), 8, False)
     x = np.random.default_rng(0).standard_normal((m, k)).astype(np.float32)
     before, results = _jit.get_threads(), []
     try:

@@ -40,9 +40,10 @@ def compile(
 
     `threads`: as many as `set_threads` allows at each call, unless given. `choose`: "measure", the
     name of a kernel ("dense", "sparse", "sparse4x1", "codebook", "float16", "separable"), or one
-    for some paths: see `choose_kernels`. Where kernels are as fast, measuring may choose another
-    one the next time, which rounds differently; a plan, once made or loaded, gives the same bits at
-    every call and for any number of threads.
+    for some paths: see `choose_kernels`. "codebook" and "float16" keep weights packed in memory.
+    Where kernels are as fast, measuring may choose another one the next time, which rounds
+    differently; a plan, once made or loaded, gives the same bits at every call and for any number
+    of threads.
 
     Raises CompileError, which names the op, for what no plan can express, ConfigError for kernels
     that cannot be chosen, DTypeError unless the model is of float32.

@@ -83,7 +83,7 @@ def _forced(layer: Layer, name: str) -> Layer:
     if name == "float16" and "weight" in layer.arrays and not layer.step.dtypes:
         arrays = {**layer.arrays, "weight": rounded(layer.arrays["weight"])}
         layer = replace(layer, arrays=arrays)
-    return replace(layer, kernel=name) if KERNELS[name].applies(layer) else layer
+    return KERNELS[name].take(layer) or layer
 
 
 def _named(layer: Layer, choice: Mapping[str, str]) -> Layer:
@@ -98,7 +98,8 @@ def _named(layer: Layer, choice: Mapping[str, str]) -> Layer:
 
 
 def _fastest(network: Network, layer: Layer, images: int) -> Layer:
-    able = [replace(layer, kernel=k) for k, kernel in KERNELS.items() if kernel.applies(layer)]
+    taken = (kernel.take(layer) for kernel in KERNELS.values())
+    able = [candidate for candidate in taken if candidate is not None]
     if len(able) == 1:
         return able[0]
     return min(able, key=lambda candidate: _seconds(network, [candidate], images))

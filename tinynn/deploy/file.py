@@ -73,7 +73,8 @@ def describe(net: Network) -> tuple[str, bytes]:
     for layer in net.layers:
         own = {}
         for key, array in layer.arrays.items():
-            head, parts = encode(array, layer.origin if key == "weight" else None)
+            origin = layer.origin if key == "weight" else None
+            head, parts = encode(np.asarray(array), origin)
             own[key] = {**head, "parts": {part: store(a) for part, a in parts.items()}}
         layers.append(
             {
@@ -181,10 +182,11 @@ class _Reader:
         if shape != claimed[output]:
             self.fail(f"the result {shape} of {kind}", claimed[output])
         self._shapes[output] = shape
-        layer = Layer(step, tuple(inputs), output, own, path, kernel, self.origin(arrays))
-        if not KERNELS[kernel].applies(layer):
+        layer = Layer(step, tuple(inputs), output, own, path, origin=self.origin(arrays))
+        taken = KERNELS[kernel].take(layer)
+        if taken is None:
             self.fail("a kernel that can run the layer", kernel)
-        return layer
+        return taken
 
     def own_arrays(self, step: Step, names: Any) -> dict[str, Array]:
         if not isinstance(names, dict) or not (

@@ -6,17 +6,19 @@ others run layers whose weights have what they live on: zeros, few different val
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from kernels import codebook, decoded, half, sparse
+from kernels import codebook, conv, decoded, half, sparse
 from kernels import prepack_compressed as compressed
 from kernels.geometry import Window
 from kernels.prepack_compressed import Carver
 from kernels.program import Program
 from tinynn.compress import cluster
-from tinynn.deploy.steps import Conv, Layer, Linear, Site
+from tinynn.deploy.kept import Kept
+from tinynn.deploy.steps import Conv, Depthwise, Layer, Linear, Site
 from tinynn.op import Array
 
 _ZEROS = 0.2  # the least share of zeros that sparse kernels are tried for
@@ -37,8 +39,12 @@ class Kernel:
     #: what it can run, for errors
     needs = "a layer"
 
-    def applies(self, layer: Layer) -> bool:
-        """Whether it can run the layer."""
+    def take(self, layer: Layer) -> Layer | None:
+        """The layer to be run by it, with weights as it keeps them; None where it cannot."""
+        return replace(layer, kernel=self.name)
+
+    def cut(self, layer: Layer) -> bool:
+        """Whether rows of its result may be computed apart, where the layer's step allows that."""
         return True
 
     def stored(self, layer: Layer) -> Stored:
@@ -57,8 +63,12 @@ class Kernel:
 class _Compressed(Kernel):
     """Of linear layers and convolutions."""
 
-    def applies(self, layer: Layer) -> bool:
-        return isinstance(layer.step, Linear | Conv) and self._fits(layer)
+    def take(self, layer: Layer) -> Layer | None:
+        able = isinstance(layer.step, Linear | Conv) and self._fits(layer)
+        return super().take(layer) if able else None
+
+    def cut(self, layer: Layer) -> bool:
+        return False
 
     def _fits(self, layer: Layer) -> bool:
         raise NotImplementedError
@@ -110,41 +120,70 @@ class _Sparse(_Compressed):
 
 
 class _Decoded(_Compressed):
-    """Products with weights of few bits, decoded while they run."""
+    """Weights of few bits, kept so in memory and decoded while the layer runs."""
 
-    def _fits(self, layer: Layer) -> bool:
-        return window(layer) == Window((1, 1)) and self._stream(layer) is not None
+    needs = "a linear layer or a convolution in float32 (of depthwise ones those of 16 channels on)"
+
+    def take(self, layer: Layer) -> Layer | None:
+        if not isinstance(layer.step, Linear | Conv | Depthwise):
+            return None
+        weight = layer.arrays["weight"]
+        if isinstance(layer.step, Depthwise) and (weight.shape[2] < 16 or weight.shape[3] > 1):
+            return None  # they are few
+        if layer.kernel == self.name:
+            return layer
+        stream = self._stream(weight.reshape(-1, weight.shape[-1]))
+        if stream is None:
+            return None
+        kept: Any = Kept(weight.shape, stream)
+        return replace(layer, kernel=self.name, arrays={**layer.arrays, "weight": kept})
+
+    def cut(self, layer: Layer) -> bool:
+        return not conv.is_pointwise(window(layer))
 
     def stored(self, layer: Layer) -> Stored:
-        stream, w = self._stream(layer), layer.arrays["weight"]
-        assert stream is not None
-        books = stream.book.nbytes * w.shape[-1] / stream.columns if stream.kind < 0 else 0.0
+        w = _kept(layer)
+        stream, columns = w.source, w.shape[-1]
+        books = stream.book.nbytes * columns / stream.columns if stream.kind < 0 else 0.0
         return Stored(1.0, len(stream.data) - decoded.SLACK + books, 0.0)
 
-    def _stream(self, layer: Layer) -> decoded.Stream | None:
+    def scratch(self, layer: Layer, site: Site) -> int:
+        parts = site.program.team if self.cut(layer) else 1  # each decodes for itself
+        return super().scratch(layer, site) * parts
+
+    def _stream(self, w: Array) -> decoded.Stream | None:
+        """Weights (K, N) as it keeps them; None where they are not what it is for."""
         raise NotImplementedError
 
     def _run(self, layer: Layer, site: Site, program: Program | None, carve: Carver) -> None:
-        step = layer.step
+        step, w, win = layer.step, _kept(layer), window(layer)
+        x, y, bias = site.inputs[0], site.output, layer.arrays.get("bias")
+        if isinstance(step, Depthwise):
+            compressed.decoded_depthwise2d(
+                program, site.packed, x, w, bias, y, win, step.relu, carve
+            )
+            return
         assert isinstance(step, Linear | Conv)
-        stream = site.packed.get(self.name, lambda: self._stream(layer))
-        K, N = layer.arrays["weight"].shape[-2:]
-        x, y = site.inputs[0].reshape(-1, K), site.output.reshape(-1, N)
-        bias = layer.arrays.get("bias")
+        if not conv.is_pointwise(win):
+            compressed.decoded_conv2d(
+                program, site.packed, x, w, bias, y, win, step.relu, step.onto, carve
+            )
+            return
+        K, N = w.shape[-2:]
+        x, y = x.reshape(-1, K), y.reshape(-1, N)
         compressed.decoded_linear(
-            program, site.packed, x, stream, bias, y, step.relu, step.onto, carve
+            program, site.packed, x, w.source, bias, y, step.relu, step.onto, carve
         )
 
 
 class _CodeBook(_Decoded):
     name = "codebook"
     needs = (
-        "a linear layer or a 1x1 convolution in float32 with at most 256 values, for the layer or "
-        "for each channel, that weights share"
+        f"{_Decoded.needs} with at most 256 values, for the layer or for each channel, that "
+        "weights share"
     )
 
-    def _stream(self, layer: Layer) -> decoded.Stream | None:
-        w = matrix(layer)
+    def _stream(self, w: Array) -> decoded.Stream | None:
         book, codes = np.unique(w, return_inverse=True)
         if np.isnan(book).any():
             return None
@@ -159,10 +198,9 @@ class _CodeBook(_Decoded):
 
 class _Half(_Decoded):
     name = "float16"
-    needs = "a linear layer or a 1x1 convolution in float32 with weights that float16 holds"
+    needs = f"{_Decoded.needs} with weights that float16 holds"
 
-    def _stream(self, layer: Layer) -> decoded.Stream | None:
-        w = matrix(layer)
+    def _stream(self, w: Array) -> decoded.Stream | None:
         return half.pack(w).source if np.array_equal(rounded(w), w) else None
 
 
@@ -172,16 +210,17 @@ def rounded(weights: Array) -> Array:
         return weights.astype(np.float16).astype(np.float32)
 
 
-def matrix(layer: Layer) -> Array:
-    """The weights (K, N) of a linear layer or a 1x1 convolution."""
-    w = layer.arrays["weight"]
-    return w.reshape(w.shape[-2:])
+def _kept(layer: Layer) -> Kept:
+    """The weights of a layer that a kernel took which decodes them."""
+    weight: Any = layer.arrays["weight"]
+    assert isinstance(weight, Kept)
+    return weight
 
 
 def window(layer: Layer) -> Window:
     """The window of a convolution; a linear layer slides one of 1x1 over one pixel."""
     step = layer.step
-    if not isinstance(step, Conv):
+    if not isinstance(step, Conv | Depthwise):
         return Window((1, 1))
     w = layer.arrays["weight"]
     return Window((w.shape[0], w.shape[1]), step.stride, step.padding, step.dilation)

@@ -168,6 +168,22 @@ class Plan:
         """The bytes of the file that `save` writes with `deflate`: for storage and downloads."""
         return len(storage.tensor_bytes(*file.to_file(self.network, deflated=True)))
 
+    @property
+    def resident_nbytes(self) -> int:
+        """The bytes of weights and biases that stay in memory.
+
+        Code books and float16 stay as narrow as they are where their kernels run. Others are there
+        twice: as arrays, and as what kernels were given of them so far, for one image at least.
+        """
+        with self._lock:
+            self._layout(1, 1)
+        sizes: dict[int, int] = {}
+        for layer, packed in zip(self.network.layers, self._packed, strict=True):
+            for a in (*layer.arrays.values(), *packed.arrays):
+                place = a.ctypes.data if isinstance(a, np.ndarray) else id(a)
+                sizes[place] = max(a.nbytes, sizes.get(place, 0))
+        return sum(sizes.values())
+
     def profile(self, x: npt.ArrayLike | Tensor, rounds: int = 20) -> Profile:
         """Time each layer on a batch: medians over `rounds` runs of the first chunk of images.
 

@@ -27,7 +27,7 @@ _WORTH = 48 * 1024  # multiply-adds, or bytes, below which a layer stays whole
 def can_share(layer: Layer, inputs: Sequence[Shape]) -> bool:
     """Whether `emit` can cut the layer for one image of these shapes."""
     step = layer.step
-    if layer.kernel != "dense" or len(inputs[0]) != 3:
+    if not KERNELS[layer.kernel].cut(layer) or len(inputs[0]) != 3:
         return False
     if isinstance(step, Pool):  # parts without padding may be computed in another way
         return step.mean and not any(step.padding[0])

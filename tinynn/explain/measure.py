@@ -183,8 +183,9 @@ def explain(
         {name: lambda plan=plan: plan(x) for name, plan in plans.items()},  # type: ignore[misc]
         rounds=_PLAN_ROUNDS,
     )
+    memory = {name: plan.resident_nbytes for name, plan in plans.items()}
     settings = {"density": density, "entries": entries, "threads": threads}
-    return Explanation(tuple(layers), len(x), chunks, limits, whole, settings)
+    return Explanation(tuple(layers), len(x), chunks, limits, whole, memory, settings)
 
 
 def _plans(

@@ -80,6 +80,7 @@ class Explanation:
     chunks: int  #: of images, which pass through the network one after the other
     limits: Limits
     plans: dict[str, Timing]  #: of whole networks, by technique
+    memory: dict[str, int]  #: bytes of weights that whole networks keep, by technique
     settings: dict[str, float]  #: what the techniques were told
 
     def __str__(self) -> str:
@@ -97,4 +98,5 @@ class Explanation:
             layers.append(entry)
         facts = {"batch": self.batch, "chunks": self.chunks, "settings": self.settings}
         plans = {name: asdict(timing) for name, timing in self.plans.items()}
+        plans = {name: plan | {"memory": self.memory[name]} for name, plan in plans.items()}
         return {**facts, "limits": asdict(self.limits), "plans": plans, "layers": layers}

@@ -63,6 +63,7 @@ def _totals(found: Explanation) -> list[str]:
     dense = found.plans["dense"].median
     lines += [
         f"  {name:<12}{timing.median * 1e6:>12.1f} us  {dense / timing.median:.2f}x dense"
+        f"{found.memory[name] / 1e3:>12.1f} kB of weights in memory"
         for name, timing in found.plans.items()
     ]
     best = math.fsum(
