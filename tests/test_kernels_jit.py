@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shutil
 import subprocess
@@ -55,6 +56,29 @@ def test_serial_and_parallel_versions_do_not_share_code(cache):
     variants.parallel(np.ones(4), parts)
     assert sum(variants.parallel.stats.cache_hits.values()) == 0
     np.testing.assert_array_equal(parts, 1)
+
+
+def test_no_cycles_are_collected_while_a_kernel_is_compiled(cache):
+    double, happened = make(), []
+
+    def collect(phase, _):
+        happened.append(phase)
+
+    gc.collect()
+    threshold = gc.get_threshold()
+    gc.set_threshold(100)
+    gc.callbacks.append(collect)
+    try:
+        double._compiler.compile((numba.types.float64,), None)
+        during = len(happened)
+        assert gc.isenabled()
+        with pytest.raises(numba.TypingError):
+            double._compiler.compile((numba.types.pyobject,), None)
+        assert gc.isenabled()
+    finally:
+        gc.callbacks.remove(collect)
+        gc.set_threshold(*threshold)
+    assert during < 20  # before and after; else hundreds
 
 
 def test_a_kernel_that_captures_functions_is_found_again(cache):
