@@ -232,6 +232,7 @@ def _code(names: str) -> Any:
 
 def _entry(dispatcher: Any, kinds: Sequence[Any]) -> int:
     """The address at which C code would call the kernel for arguments of these types."""
+    dispatcher.compile(tuple(kinds))  # the cache knows it as other callers do, by these alone
     result = dispatcher.get_compile_result(types.void(*kinds))
     return int(result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from numba.core.caching import IndexDataCacheFile
 
-from kernels import _jit, conv
+from kernels import _jit, conv, program
 
 
 @pytest.fixture
@@ -55,6 +56,68 @@ def test_serial_and_parallel_versions_do_not_share_code(cache):
     variants.parallel(np.ones(4), parts)
     assert sum(variants.parallel.stats.cache_hits.values()) == 0
     np.testing.assert_array_equal(parts, 1)
+
+
+def test_no_cycles_are_collected_while_a_kernel_is_compiled(cache):
+    double, happened = make(), []
+
+    def collect(phase, _):
+        happened.append(phase)
+
+    gc.collect()
+    threshold = gc.get_threshold()
+    gc.set_threshold(100)
+    gc.callbacks.append(collect)
+    try:
+        double._compiler.compile((numba.types.float64,), None)
+        during = len(happened)
+        assert gc.isenabled()
+        with pytest.raises(numba.TypingError):
+            double._compiler.compile((numba.types.pyobject,), None)
+        assert gc.isenabled()
+    finally:
+        gc.callbacks.remove(collect)
+        gc.set_threshold(*threshold)
+    assert during < 20  # before and after; else hundreds
+
+
+def test_a_kernel_that_captures_functions_is_found_again(cache):
+    def add(typingctx, x, y):
+        return x(x, y), lambda context, builder, signature, args: builder.fadd(*args)
+
+    def multiple(count):
+        @_jit.jit
+        def times(x):
+            return count * x
+
+        return times
+
+    def capture(count):
+        inner, plus = multiple(count), numba.extending.intrinsic(add)
+
+        @_jit.jit
+        def outer(x):
+            return plus(inner(x), 1.0)
+
+        return outer
+
+    kernels = [capture(count) for count in (2, 3, 3)]
+    assert [kernel(1.5) for kernel in kernels] == [4.0, 5.5, 5.5]
+    assert [sum(kernel.stats.cache_hits.values()) for kernel in kernels] == [0, 0, 1]
+
+
+def test_programs_find_what_calls_have_compiled(cache):
+    def make_clear():
+        @_jit.jit
+        def clear(x):
+            x[0] = 0
+
+        return clear
+
+    make_clear()(np.ones(1))
+    again = make_clear()
+    program._entry(again, [numba.types.Array(numba.types.float64, 1, "C")])
+    assert sum(again.stats.cache_hits.values()) == 1
 
 
 def test_other_users_of_numba_keep_their_cache(cache):
