@@ -63,6 +63,13 @@ def test_names_sizes_and_repr() -> None:
     assert len(model) == 4 and isinstance(model[1], nn.ReLU)
 
 
+def test_a_slice_of_a_sequential_is_one_of_the_same_modules() -> None:
+    model, x = net(), batch()
+    head, tail = model[:2], model[2:]
+    np.testing.assert_array_equal(tail(head(x)).data, model(x).data)
+    assert [n for n, _ in tail.named_children()] == ["2", "3"] and head[0] is model[0]
+
+
 def test_unknown_attributes_raise_and_lists_of_modules_are_refused() -> None:
     model = net()
     with pytest.raises(AttributeError):
