@@ -207,6 +207,8 @@ def test_a_resumed_training_gives_the_same_bits(
 def test_resume_without_a_file_starts_afresh(tmp_path: Path) -> None:
     history = Setting().fit(epochs=1, checkpoint=tmp_path / "state", resume=True)
     assert len(history) == 1
+    with pytest.raises(ConfigError, match="resume=True requires"):
+        Setting().fit(epochs=1, resume=True)
 
 
 def test_a_damaged_checkpoint_is_refused_and_nothing_changes(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ flipped bit is found, and nothing in it is ever executed or unpickled.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from tinynn.op import Array
 PathLike = str | os.PathLike[str]
 _HASH = "sha256"
 _ABANDONED_SECONDS = 600
+_UNFINISHED = ".tinynn-part"  # nobody else's hidden files end so: they must not be removed
 
 
 def write_bytes(path: PathLike, content: bytes) -> None:
@@ -38,9 +40,7 @@ def write_bytes(path: PathLike, content: bytes) -> None:
     remove_abandoned(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as file:
+        with unfinished(target) as file:
             temporary = file.name
             file.write(content)
             file.flush()
@@ -153,10 +153,17 @@ def plain(value: Any) -> Any:
     return value
 
 
+def unfinished(target: Path) -> Any:
+    """A new file beside `target`, open for writing, that is to be renamed once it is whole."""
+    return tempfile.NamedTemporaryFile(
+        dir=target.parent, prefix=f".{target.name}.", suffix=_UNFINISHED, delete=False
+    )
+
+
 def remove_abandoned(target: Path) -> None:
     """Remove what a process that was killed while it wrote `target` left behind."""
     with contextlib.suppress(OSError, ValueError):
-        for file in target.parent.glob(f".{target.name}.*"):
+        for file in target.parent.glob(f".{glob.escape(target.name)}.*{_UNFINISHED}"):
             if time.time() - file.stat().st_mtime > _ABANDONED_SECONDS:
                 file.unlink()
 

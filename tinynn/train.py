@@ -119,6 +119,8 @@ def fit(
         raise ConfigError(
             f"fit: required whole epochs and steps >= 0; came {epochs!r} and {steps!r}"
         )
+    if resume and checkpoint is None:
+        raise ConfigError("fit: resume=True requires the checkpoint to resume from; came none")
     if not {id(p) for p in optimizer.params} <= {id(p) for p in model.parameters()}:
         raise ConfigError(
             "fit: the optimiser holds parameters that are not the model's; make a new one from "

@@ -7,7 +7,6 @@ import hashlib
 import http.client
 import os
 import socket
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from tinynn.data.published import Remote
 from tinynn.errors import DataNotFoundError, OutputError
-from tinynn.storage import remove_abandoned
+from tinynn.storage import remove_abandoned, unfinished
 
 _ATTEMPTS = 3
 _TIMEOUT = 30  # seconds without a byte
@@ -92,9 +91,7 @@ def _temporary(target: Path) -> Iterator[Any]:
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(target)
-        file = tempfile.NamedTemporaryFile(  # noqa: SIM115
-            dir=target.parent, prefix=f".{target.name}.", delete=False
-        )
+        file = unfinished(target)
     try:
         yield file
     finally:

@@ -357,7 +357,10 @@ class Sequential(Module):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def __getitem__(self, position: int) -> Module:
+    def __getitem__(self, position: int | slice) -> Module:
+        """The module there; of a slice, a Sequential of the same modules under their names."""
+        if isinstance(position, slice):
+            return Sequential(**dict(list(self.named_children())[position]))
         return list(self)[position]
 
 
