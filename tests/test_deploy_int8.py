@@ -281,6 +281,18 @@ def test_one_grid_for_a_layer_but_one_for_each_scale(few_tiles: None) -> None:
     assert np.abs(plan(x) - want).max() < 0.02 * np.abs(want).max()
 
 
+def test_what_reads_a_layer_that_is_never_on_keeps_its_biases(few_tiles: None) -> None:
+    """Their unit in integers has the scale of what is always 0 as a factor."""
+    rng = np.random.default_rng(0)
+    dead = nn.Conv2d(2, 4, 3, rng=rng)
+    dead.bias.mutate()[...] = -100
+    model = nn.Sequential(dead, nn.ReLU(), nn.Conv2d(4, 4, 3, rng=rng), nn.ReLU(), nn.Flatten())
+    model[2].bias.mutate()[...] = [0.1, 0.2, 0.3, 0.4]
+    x = images(rng, 16, 5, 4, 2)
+    byte = quantize.int8(model, [x], scheme=quantize.Scheme(bits=3, first_last=3)).eval()
+    assert np.abs(check(byte, (5, 4, 2))(x) - byte(tn.Tensor(x)).data).max() < 0.002
+
+
 def test_inception_and_bottleneck_blocks(few_tiles: None) -> None:
     rng = np.random.default_rng(0)
     model = nn.Sequential(

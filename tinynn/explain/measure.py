@@ -133,10 +133,12 @@ def explain(
     layer has half its weights. `limits` are those of this machine unless given.
 
     Raises ConfigError for a density outside 0 < density <= 0.8, above which no plan takes sparse
-    kernels, and CompileError for what no plan can express.
+    kernels, or entries outside 2 ... 256, and CompileError for what no plan can express.
     """
     if not 0 < density <= 0.8:
         raise ConfigError(f"explain: required 0 < density <= 0.8; came {density}")
+    if entries not in range(2, 257):  # else every layer would lack a code book for no reason
+        raise ConfigError(f"explain: required entries from 2 to 256; came {entries}")
     x, told = np.ascontiguousarray(example, np.float32), Settings(density, entries)
     limits = roofline.limits([threads])[0] if limits is None else limits
     folded = fold_batchnorm(quantize.floating(model), x).eval()

@@ -243,12 +243,13 @@ def affine(
     """scale, low and high, each (1,), of 2^bits - 1 steps from `least` to `most` and over 0.
 
     The ends move by half a step at the most, so that 0 is on the grid (Jacob et al. 2018, section
-    3); a range without extent gives a scale of 1.
+    3); a range without extent gives a scale of 2^-16: the biases of the next layer, whose unit it
+    makes in integers, stay fine.
     """
     least, most, steps = min(least, 0.0), max(most, 0.0), 2**bits - 1
     scale = np.asarray([(most - least) / steps], dtype)
     if not scale[0] >= SMALLEST:
-        scale[0], low = 1, 0.0
+        scale[0], low = 2.0**-16, 0.0
     else:
         low = max(-float(steps), float(np.rint(least / float(scale[0]))))
     return scale, np.asarray([low], dtype), np.asarray([low + steps], dtype)
