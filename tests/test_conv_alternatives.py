@@ -9,9 +9,11 @@ import pytest
 
 from experiments.conv_alternatives import EXPERIMENT, KINDS, _p_value, table
 from experiments.runner import main
+from kernels import _jit
 
 
-def test_a_tiny_run_of_two_kinds(tmp_path: Path) -> None:
+def test_a_tiny_run_of_two_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_jit, "PARALLEL_BYTES", 1 << 60)  # serial kernels compile faster
     flags = "--quick --images 64 --test-images 40 --batch 32 --epochs 1 --kind conv separable"
     assert main(EXPERIMENT, [*flags.split(), "--threads", "1", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "result.json").read_text())

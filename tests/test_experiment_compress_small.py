@@ -27,6 +27,7 @@ from experiments.compress_small_costs import (
 from experiments.compress_small_figures import frontier
 from experiments.compress_small_steps import STEPS, carry_out
 from experiments.runner import Context, main
+from kernels import _jit
 from tinynn import nn
 from tinynn.compress import cluster, quantize, sparsify
 from tinynn.data import Augment, Dataset
@@ -35,6 +36,12 @@ TINY = [
     "--quick", "--images", "192", "--test-images", "60", "--batch", "64", "--threads", "1",
     "--tuning", "0.5", "--epochs", "0.5",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def serial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serial kernels compile in a third of the time; other experiments train with parallel ones."""
+    monkeypatch.setattr(_jit, "PARALLEL_BYTES", 1 << 60)
 
 
 def test_a_tiny_run_and_its_times_taken_again(tmp_path: Path) -> None:

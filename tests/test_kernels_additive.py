@@ -24,7 +24,7 @@ def variant(request):
     """Every test runs with either version of the kernels, whatever the size of its arrays."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_jit, "PARALLEL_BYTES", 0 if request.param == "parallel" else 1 << 60)
-        yield
+        yield request.param
 
 
 def numbers(*shapes, zeros=0.2):
@@ -48,9 +48,15 @@ def test_product(m, k, n):  # of float32; the convolutions below are products of
         np.testing.assert_allclose(a, b, rtol=0, atol=20 * max(m, n) * np.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
-@pytest.mark.parametrize("padding", ["same", "valid"])
-def test_convolution(stride, padding):
+# Most of it are kernels of the convolution, which has tests of its own: one case of their parallel
+# versions, which take three times as long to compile.
+@pytest.mark.parametrize(
+    "variant, stride, padding",
+    [("serial", s, p) for s in ((1, 1), (2, 1)) for p in ("same", "valid")]
+    + [("parallel", (2, 1), "valid")],
+    indirect=["variant"],
+)
+def test_convolution(variant, stride, padding):
     win = window(5, 4, (3, 2), stride, padding)
     x, w = numbers((2, 5, 4, 3), (3, 2, 3, 5))
     y = additive.conv2d(x, w, win)
@@ -102,7 +108,8 @@ def test_wrong_operands_are_named():
 # --- layers ---------------------------------------------------------------------------------------
 
 
-def test_layers_scale_and_shift():
+@pytest.mark.parametrize("variant", ["serial"], indirect=True)
+def test_layers_scale_and_shift(variant):
     rng = np.random.default_rng(0)
     layer = nn.AdditiveLinear(6, 4, rng=rng, dtype=np.float64)
     (x,) = numbers((5, 6))

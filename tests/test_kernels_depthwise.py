@@ -43,7 +43,7 @@ def variant(request):
     """Every test runs with either version of the kernels, whatever the size of its arrays."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_jit, "PARALLEL_BYTES", 0 if request.param == "parallel" else 1 << 60)
-        yield
+        yield request.param
 
 
 def randoms(dtype, *shapes, seed=0):
@@ -106,7 +106,9 @@ def test_forward_and_gradients(variant, case, dtype):
     st.sampled_from(DTYPES),
     st.booleans(),
 )
-def test_any_geometry(case, multiplier, dtype, biased):
+def test_any_geometry(variant, case, multiplier, dtype, biased):
+    if variant == "parallel":  # float64 is the same code, on vectors half as long
+        dtype = np.float32
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(depthwise, "_TILES", (4,))  # several tiles a row, and fewer kernels
         depthwise._forward_plan.cache_clear()
