@@ -311,6 +311,7 @@ def test_a_file_is_known_by_its_content(
     [
         (["nothing"], "no model nothing"),
         (["summation", "--density", "0.9"], "density"),
+        (["summation", "--entries", "257"], "entries from 2 to 256"),
         (["summation", "--threads", "0"], "threads"),
         (["summation", "--batch", "0"], "explain: required --batch"),
     ],

@@ -129,6 +129,27 @@ def test_what_is_loaded_is_trained_saved_and_pruned(tmp_path: Path) -> None:
     assert small(tn.Tensor(x)).shape == (8, 5)
 
 
+@pytest.mark.parametrize("sizes", [(-1, 72), (0, 72), (0, -1)])
+def test_channels_before_a_reshape_to_rows_are_pruned(
+    tmp_path: Path, sizes: tuple[int, int]
+) -> None:
+    nodes = [
+        node("Conv", "x w", "a", kernel_shape=[3, 3]),
+        node("Transpose", "a", "b", perm=[0, 2, 3, 1]),  # as files from NHWC have it
+        node("Reshape", "b sizes", "c"),
+        node("Gemm", "c v", "y"),
+    ]
+    constants = {"w": normal(8, 2, 3, 3), "v": normal(72, 4), "sizes": np.array(sizes)}
+    path, x = (
+        write(tmp_path / "net.onnx", model(nodes, constants, ("n", 2, 5, 5))),
+        normal(6, 2, 5, 5),
+    )
+    net = tn.onnx.load(path)
+    np.testing.assert_allclose(net(tn.Tensor(x)).data, onnxruntime(path, x), 1e-4, 1e-4)
+    small = prune.channels(net, tn.observe(net, [x]), importance.l1, select.share(0.5), fold="none")
+    assert small.size() == net.size() // 2 and small(tn.Tensor(x)).shape == (6, 4)
+
+
 @pytest.mark.parametrize(
     ("nodes", "constants", "shape"),
     [

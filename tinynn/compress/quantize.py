@@ -251,7 +251,8 @@ def trainable(model: Module, ranges: Ranges = "running") -> Module:
 
     "fixed": nothing. "running": the activations' ranges follow the batches by moving averages
     (Jacob et al. 2018, section 3.1) and each channel's grid its largest weight. "learned": scales
-    are parameters (Esser et al. 2020); make the optimiser anew.
+    are parameters (Esser et al. 2020); make the optimiser anew. Adam and its kind move each scale
+    by about the learning rate a step, however small it is: choose a rate far below the scales.
     """
     out = model.copy()
     found = [m for _, m in out.named_modules() if isinstance(m, Quantizer)]

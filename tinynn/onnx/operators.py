@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -316,10 +317,18 @@ def _reshape(call: Call) -> None:
     if any(n < -1 for n in shape) or shape.count(-1) > 1:
         raise call.refuse(f"shape {shape}")
     kept = [i for i, n in enumerate(shape) if n == 0]
-    if (x.pixel or _one_pixel(call)) and kept in ([], [0]):
-        call.result(call.add(ReshapeTo(shape), [x]))
-    else:
-        call.result(call.add(ReshapeTo(shape), [call.builder.plain(x)]))
+    if not ((x.pixel or _one_pixel(call)) and kept in ([], [0])):
+        x = call.builder.plain(x)
+    # Flatten has no size of its own: channels before it can be pruned
+    call.result(call.add(nn.Flatten() if _is_flat(call, shape) else ReshapeTo(shape), [x]))
+
+
+def _is_flat(call: Call, shape: tuple[int, ...]) -> bool:
+    """Whether a reshape to these sizes leaves the first axis and makes one of all others."""
+    sizes = (call.shape(0) or ())[1:]
+    known = [n for n in sizes if n is not None]
+    whole = bool(sizes) and len(known) == len(sizes) and shape[1:] == (math.prod(known),)
+    return shape == (0, -1) or (shape[:1] in ((0,), (-1,)) and whole)
 
 
 def _squeeze(call: Call) -> None:
