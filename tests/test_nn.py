@@ -230,15 +230,24 @@ def evil(parts: list[Any], kind: str = "Linear") -> str:
     return json.dumps({"kind": kind, "parts": parts})
 
 
-def test_a_convolution_whose_window_a_file_leaves_out_is_refused(tmp_path: Path) -> None:
-    model = nn.ConvTranspose2d(1, 2, 3, padding=((1, 0), (0, 2)), rng=np.random.default_rng(0))
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (nn.ConvTranspose2d, ("stride", "padding", "output")),
+        (nn.AdditiveConv2d, ("stride", "padding", "dilation")),
+    ],
+)
+def test_a_convolution_whose_window_a_file_leaves_out_is_refused(
+    tmp_path: Path, kind: Any, names: tuple[str, ...]
+) -> None:
+    model = kind(1, 2, 3, padding=((1, 0), (0, 2)), rng=np.random.default_rng(0))
     nn.save(tmp_path / "m", model)
     arrays, metadata = read_tensors(tmp_path / "m")
     parts = json.loads(metadata["model"])["parts"]
-    for name in ("stride", "padding", "output"):
+    for name in names:
         for changed in ([], [[name, "value", None]], [[name, "tuple", [1, -1]]]):
             rest = [p for p in parts if p[0] != name] + changed
-            text = {**metadata, "model": evil(rest, "ConvTranspose2d")}
+            text = {**metadata, "model": evil(rest, kind.__name__)}
             write_tensors(tmp_path / "evil", arrays, text)
             with pytest.raises(FileFormatError, match=name):
                 nn.load(tmp_path / "evil")
@@ -401,9 +410,9 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, name: str) -> Non
 
 @pytest.mark.parametrize("name", ["training", "size", "copy", "forward"])
 def test_parts_do_not_hide_what_every_module_has(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"Sequential.{name}: required another name"):
+    with pytest.raises(ConfigError, match=f"Sequential.{name}: required a name"):
         nn.Sequential(**{name: nn.ReLU()})
-    with pytest.raises(ConfigError, match=f"Sequential.{name}: required another name"):
+    with pytest.raises(ConfigError, match=f"Sequential.{name}: required a name"):
         setattr(net(), name, nn.Parameter([1.0]))
 
 

@@ -390,7 +390,9 @@ def test_bad_operands_are_refused_by_name(call: Any, error: type, words: str) ->
 
 def test_axes_are_one_tuple_or_several_numbers() -> None:
     x = Tensor(np.arange(24.0).reshape(2, 3, 4))
-    for result in (x.transpose(1, 2, 0), x.transpose((1, 2, 0)), ops.transpose(x, axes=[1, 2, 0])):
+    for axes in ((1, 2, 0), [1, 2, 0], np.array([1, 2, 0])):
+        np.testing.assert_array_equal(ops.transpose(x, axes=axes).data, x.data.transpose(1, 2, 0))
+    for result in (x.transpose(1, 2, 0), x.transpose(-2, np.int64(2), 0)):
         np.testing.assert_array_equal(result.data, x.data.transpose(1, 2, 0))
     np.testing.assert_array_equal(x.transpose().data, x.data.T)
 

@@ -204,8 +204,8 @@ class Module:
             )
         if isinstance(value, Module | Tensor) and hasattr(Module, name):
             raise ConfigError(
-                f"{type(self).__name__}.{name}: required another name; modules have something of "
-                "this one"
+                f"{type(self).__name__}.{name}: required a name for the part that Module does not "
+                "use itself"
             )
         super().__setattr__(name, value)
 

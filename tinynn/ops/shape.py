@@ -254,7 +254,7 @@ def transpose(x: Operand, axes: int | Sequence[int] | None = None, *more: int) -
     x = tensor(x)
     if axes is None:
         axes = range(x.ndim)[::-1]
-    order = tuple(axes) if isinstance(axes, Sequence) else (axes, *more)
+    order = (axes, *more) if isinstance(axes, int | np.integer) else tuple(axes)
     if normal_axes("transpose", order, x.shape) != tuple(range(x.ndim)):
         raise ShapeError(f"transpose: required every axis of {x.shape} once; came {order}")
     return apply(Transpose(tuple(a % x.ndim for a in order)), x)
