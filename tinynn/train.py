@@ -119,6 +119,7 @@ def fit(
         raise ConfigError(
             f"fit: required whole epochs and steps >= 0; came {epochs!r} and {steps!r}"
         )
+    _require_pairs("fit", data)
     if resume and checkpoint is None:
         raise ConfigError("fit: resume=True requires the checkpoint to resume from; came none")
     if not {id(p) for p in optimizer.params} <= {id(p) for p in model.parameters()}:
@@ -197,6 +198,7 @@ def fit(
 
 def evaluate(model: Module | Runs, data: Iterable[Any], loss: Loss) -> float:
     """The mean loss of a model or plan over all rows of `data`, in eval mode and without a tape."""
+    _require_pairs("evaluate", data)
     total, rows = 0.0, 0
     with _in_use(model) as run:
         for x, y in data:
@@ -213,6 +215,7 @@ def predict(model: Module | Runs, data: Iterable[Any]) -> tuple[Array, Array]:
 
     In eval mode and without a tape.
     """
+    _require_pairs("predict", data)
     outputs, targets = [], []
     with _in_use(model) as run:
         for x, y in data:
@@ -260,6 +263,16 @@ def _step(
     optimizer.step()
     optimizer.zero_grad()
     return value
+
+
+def _require_pairs(what: str, data: Any) -> None:
+    """Raise DataError for arrays, whose rows would be taken for batches (x, y)."""
+    several = data if isinstance(data, tuple | list) else [data]
+    if any(isinstance(a, np.ndarray | Tensor) for a in several):
+        raise DataError(
+            f"{what}: required an iterable of batches (x, y); came arrays, of which Batches(x, y, "
+            "size) makes batches"
+        )
 
 
 def target(y: Any) -> Any:

@@ -1,16 +1,17 @@
-"""An op that somebody else declares: what sees a whole model takes it, too."""
+"""What a user brings along: an op of their own, data in other forms."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 
 import tinynn as tn
 from tinynn import nn
-from tinynn.errors import StaleArrayError
+from tinynn.errors import DataError, StaleArrayError
 from tinynn.op import Array, Op, Saved, registry
 from tinynn.roofline import Limits
 from tinynn.tensor import Tensor, apply
@@ -91,3 +92,15 @@ def test_positions_as_input_are_profiled_in_the_dtype_of_the_results() -> None:
     limits = Limits(1, 1e11, {"L1": 1 << 15}, {"L1": 1e11, "memory": 1e10}, 0.0)
     found = tn.profile.step(Rows(), np.array([0, 6, 6]), seconds=0.01, limits=limits)
     assert [(layer.op, layer.output) for layer in found.layers] == [("take", (3, 4))]
+
+
+@pytest.mark.parametrize("wrong", [batch(), (batch(), batch()), [Tensor(batch()), Tensor(batch())]])
+def test_arrays_are_no_batches(wrong: Any) -> None:
+    model = nn.Linear(3, 3, rng=np.random.default_rng(0))
+    optimizer = tn.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(DataError, match=r"fit: required an iterable of batches \(x, y\)"):
+        tn.fit(model, wrong, loss=tn.mse, optimizer=optimizer, epochs=1)
+    with pytest.raises(DataError, match="predict: required"):
+        tn.predict(model, wrong)
+    with pytest.raises(DataError, match="evaluate: required"):
+        tn.evaluate(model, wrong, tn.mse)
