@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 
-# The modules imported are a million objects, through which the collector of cycles would pass anew
-# whenever some hundred others have been made.
+# The modules that are imported are some 200,000 objects, and kernels add to them: the collector of
+# cycles would pass through all of them again and again.
 gc.set_threshold(20_000, 20, 20)
 
 
