@@ -12,6 +12,7 @@ import pytest
 import tinynn as tn
 from experiments.autoencoder_prune import EXPERIMENT, cells, channels, run
 from experiments.runner import Context, main
+from kernels import _jit
 
 TINY = ["--quick", "--images", "64", "--test-images", "20", "--batch", "32"]
 TINY += ["--first-steps", "3", "--steps", "2", "--cycles", "2"]
@@ -23,6 +24,12 @@ def config(*flags: str) -> dict[str, object]:
     parser.add_argument("--quick", action="store_true")
     EXPERIMENT.arguments(parser)
     return next(iter(cells(parser.parse_args([*TINY, *flags])).values()))
+
+
+@pytest.fixture(autouse=True)
+def serial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serial kernels compile in a third of the time; tests of models train with parallel ones."""
+    monkeypatch.setattr(_jit, "PARALLEL_BYTES", 1 << 60)
 
 
 def test_a_tiny_run_from_the_command_line(tmp_path: Path) -> None:

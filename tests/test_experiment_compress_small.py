@@ -40,7 +40,7 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def serial(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Serial kernels compile in a third of the time; other experiments train with parallel ones."""
+    """Serial kernels compile in a third of the time; tests of models train with parallel ones."""
     monkeypatch.setattr(_jit, "PARALLEL_BYTES", 1 << 60)
 
 
