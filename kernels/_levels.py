@@ -99,9 +99,6 @@ WIDENS = CHOSEN.dot4 == "pmaddwd"
 WIDENS_IMAGES = WIDENS and CHOSEN.vector_bytes == 32
 #: Whether there are loads and stores of some bytes of a vector: elsewhere a branch for each byte.
 MASKS_BYTES = CHOSEN.vector_bytes == 64
-#: Whether parallel loops are linked into kernels before their wrappers are optimised: see
-#: `kernels._compiler`. Measured where vectors have 32 bytes: the code differs a little.
-LINKS_ONCE = CHOSEN.vector_bytes == 32
 
 
 class LevelCode(Code):

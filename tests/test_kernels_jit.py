@@ -15,9 +15,8 @@ import numba
 import numpy as np
 import pytest
 from numba.core.caching import IndexDataCacheFile
-from numba.core.codegen import JITCodeLibrary
 
-from kernels import _jit, _levels, conv, program
+from kernels import _jit, conv, program
 
 
 @pytest.fixture
@@ -80,41 +79,6 @@ def test_no_cycles_are_collected_while_a_kernel_is_compiled(cache):
         gc.callbacks.remove(collect)
         gc.set_threshold(*threshold)
     assert during < 20  # before and after; else hundreds
-
-
-def test_a_parallel_kernel_alone_becomes_machine_code(cache, monkeypatch):
-    def make_fill():
-        @_jit.jit(parallel=True)
-        def fill(x, value):
-            for i in numba.prange(x.size):
-                x[i] = value + (1 if x[i] > 0 else 2)
-
-        return fill
-
-    emitted = []
-    emit = JITCodeLibrary._finalize_specific
-
-    def note(library):
-        emitted.append(library.name)
-        emit(library)
-
-    monkeypatch.setattr(JITCodeLibrary, "_finalize_specific", note)
-    fill, once = make_fill(), []
-    for links_once in (False, True):
-        monkeypatch.setattr(_levels, "LINKS_ONCE", links_once)
-        emitted.clear()
-        x = np.arange(-5, 5.0)
-        make_fill().compile((numba.types.Array(numba.types.float64, 1, "C"), numba.types.int64))
-        once.append([name for name in emitted if "Gufunc" in name or "gufunc" in name])
-        for path in cache.rglob("*.nb?"):
-            path.unlink()
-    assert len(once[0]) == 3 and once[1] == []
-    fill(x, 7)
-    np.testing.assert_array_equal(x, [9] * 6 + [8] * 4)
-    again, x = make_fill(), np.arange(-5, 5.0)
-    again(x, 7)
-    assert sum(again.stats.cache_hits.values()) == 1
-    np.testing.assert_array_equal(x, [9] * 6 + [8] * 4)
 
 
 def test_a_kernel_that_captures_functions_is_found_again(cache):
