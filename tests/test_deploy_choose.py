@@ -15,6 +15,7 @@ from kernels._jit import max_threads
 from tinynn import nn
 from tinynn.compress import cluster, quantize
 from tinynn.deploy import LayerTime
+from tinynn.deploy.choose import choose_kernels
 from tinynn.deploy.encode import decode, encode, form_bytes
 from tinynn.deploy.kernels import KERNELS
 from tinynn.errors import ConfigError, FileFormatError
@@ -157,6 +158,17 @@ def test_windows_run_on_packed_weights_and_give_the_bits_of_dense_ones(
             assert all(map(np.array_equal, kept, weights))
     size = sum(p.size for p in weights)
     assert dense.resident_nbytes > 1.9 * 4 * size  # most as they are saved, and as panels
+
+
+def test_kernels_of_packed_weights_can_be_chosen_anew() -> None:
+    model, x = cluster.kmeans(windows(), 16), np.ones((1, 12, 11, 8), np.float32)
+    packed = tn.compile(model, x, choose="codebook", threads=1)
+    y = packed(x)
+    for choice in ("dense", "codebook", "measure"):
+        again = tn.Plan(choose_kernels(packed.network, choice, 1), threads=1)
+        np.testing.assert_allclose(again(x), y, rtol=0, atol=1e-6 * np.abs(y).max())
+    half = choose_kernels(packed.network, "float16", 1)
+    assert [a.kernel for a in half.layers].count("float16") == 5
 
 
 def test_float16_rounds_the_weights_and_halves_the_file() -> None:

@@ -130,8 +130,6 @@ class _Decoded(_Compressed):
         weight = layer.arrays["weight"]
         if isinstance(layer.step, Depthwise) and (weight.shape[2] < 16 or weight.shape[3] > 1):
             return None  # they are few
-        if layer.kernel == self.name:
-            return layer
         stream = self._stream(weight.reshape(-1, weight.shape[-1]))
         if stream is None:
             return None
@@ -202,6 +200,14 @@ class _Half(_Decoded):
 
     def _stream(self, w: Array) -> decoded.Stream | None:
         return half.pack(w).source if np.array_equal(rounded(w), w) else None
+
+
+def expanded(layer: Layer) -> Layer:
+    """The layer as any kernel can take it, with all its weights as an array."""
+    weight: Any = layer.arrays.get("weight")
+    if not isinstance(weight, Kept):
+        return layer
+    return replace(layer, kernel="dense", arrays={**layer.arrays, "weight": np.asarray(weight)})
 
 
 def rounded(weights: Array) -> Array:
