@@ -23,7 +23,6 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +48,6 @@ from kernels._jit import get_threads
 from kernels.timing import compare
 from tinynn import metrics
 from tinynn.deploy.choose import MEASURE, choose_kernels
-from tinynn.deploy.layout import Network
 from tinynn.errors import ConfigError
 
 BATCHES = (1, 64)  #: at which plans are timed
@@ -201,13 +199,9 @@ def times(config: Record, seed: int, context: Context) -> Record:
 
 def on_dense_kernels(plan: tn.Plan) -> tn.Plan | None:
     """The same plan with dense kernels in the place of sparse and packed ones, if it has such."""
-    layers = [
-        replace(a, kernel="dense") if a.kernel in ("sparse", "sparse4x1", "codebook") else a
-        for a in plan.network.layers
-    ]
-    if all(a is b for a, b in zip(layers, plan.network.layers, strict=True)):
+    if all(layer.kernel == "dense" for layer in plan.network.layers):
         return None
-    return tn.Plan(Network(plan.network.shapes, tuple(layers), plan.network.output))
+    return tn.Plan(choose_kernels(plan.network, "dense"))
 
 
 def _call(plan: tn.Plan, x: np.ndarray) -> Callable[[], object]:

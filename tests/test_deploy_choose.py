@@ -165,9 +165,9 @@ def test_kernels_of_packed_weights_can_be_chosen_anew() -> None:
     packed = tn.compile(model, x, choose="codebook", threads=1)
     y = packed(x)
     for choice in ("dense", "codebook", "measure"):
-        again = tn.Plan(choose_kernels(packed.network, choice, 1), threads=1)
+        again = tn.Plan(choose_kernels(packed.network, choice), threads=1)
         np.testing.assert_allclose(again(x), y, rtol=0, atol=1e-6 * np.abs(y).max())
-    half = choose_kernels(packed.network, "float16", 1)
+    half = choose_kernels(packed.network, "float16")
     assert [a.kernel for a in half.layers].count("float16") == 5
 
 

@@ -30,7 +30,7 @@ _LARGE = 1 << 20  # bytes between two layers from which on they may be faster as
 _WORTH = 0.95  # of the time of two layers: what one in their place may take
 
 
-def choose_kernels(network: Network, choice: str | Mapping[str, str], images: int) -> Network:
+def choose_kernels(network: Network, choice: str | Mapping[str, str], images: int = 1) -> Network:
     """The network with a kernel for each layer.
 
     `choice`: "measure" takes the fastest of those that give the same but for rounding, for so many
