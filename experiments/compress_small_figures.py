@@ -129,15 +129,27 @@ def _panel(ax: Axes, cells: dict[str, Record], key: str, factor: float) -> None:
     edge = frontier(points)
     costs, scores = zip(*[points[n] for n in edge], strict=True)
     ax.step(costs, scores, where="post", color=pictures.GREY, linewidth=1)
-    for i, name in enumerate(edge, 1):  # names would hide each other
-        at = points[name]
-        ax.annotate(str(i), at, (-4, 4), textcoords="offset points", fontsize=7.5, ha="right")
-    told = "\n".join(f"{i}  {name}" for i, name in enumerate(edge, 1))
-    ax.text(1.01, 1, told, transform=ax.transAxes, va="top", fontsize=7.5)
     if key == "bytes":
         ax.set(xscale="log")
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter("{x:g}")
+    for first, last in _close(ax, [points[name] for name in edge]):  # names would hide each other
+        text = str(first + 1) if first == last else f"{first + 1}-{last + 1}"
+        at = points[edge[first]]
+        ax.annotate(text, at, (-4, 4), textcoords="offset points", fontsize=7.5, ha="right")
+    told = "\n".join(f"{i}  {name}" for i, name in enumerate(edge, 1))
+    ax.text(1.01, 1, told, transform=ax.transAxes, va="top", fontsize=7.5)
+
+
+def _close(ax: Axes, points: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
+    """Runs (first, last) of points that lie too close to each other for a number each."""
+    ax.autoscale_view()
+    places = ax.transData.transform(points)
+    runs = [(0, 0)]
+    for i in range(1, len(places)):
+        near = np.abs(places[i] - places[runs[-1][0]]).max() < 0.12 * ax.figure.dpi
+        runs[-1:] = [(runs[-1][0], i)] if near else [runs[-1], (i, i)]
+    return runs
 
 
 def frontier(points: dict[str, tuple[float, float]]) -> list[str]:
