@@ -216,6 +216,8 @@ def test_reestimated_statistics_are_those_of_the_data() -> None:
     assert isinstance(norm, nn.BatchNorm) and norm.momentum == 0.3
     np.testing.assert_allclose(norm.mean, mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(norm.variance, variance, rtol=1e-5)
+    listed = reestimate(model, [[x, np.zeros(len(x))] for x in batches]).state_dict()
+    assert all(np.array_equal(v, listed[k]) for k, v in out.state_dict().items())
     changed = {k for k, v in out.state_dict().items() if not np.array_equal(v, before[k])}
     assert changed == {"1.mean", "1.variance"}
     assert all(np.array_equal(v, before[k]) for k, v in model.state_dict().items())

@@ -277,9 +277,7 @@ def observe_by(
     observer = None
     with mode(model, training=False):
         for i, batch in enumerate(data):
-            x = _input(batch)
-            if x.ndim == 0 or x.size == 0:
-                raise DataError(f"observe: required at least one row; batch {i} has {x.shape}")
+            x = rows("observe", i, batch)
             if observer is None:
                 observer = kind(model, x[:1])
             observer.watch(model, x)
@@ -288,10 +286,16 @@ def observe_by(
     return observer
 
 
-def _input(batch: Any) -> Array:
-    """A batch's input. Loaders of other libraries give lists of arrays where others give tuples."""
+def rows(what: str, i: int, batch: Any) -> Array:
+    """The input of batch number i: the batch, or the first of a tuple or list of arrays.
+
+    Raises DataError, which names `what` reads it, if it has no rows.
+    """
     arrays = isinstance(batch, list) and batch and getattr(batch[0], "ndim", 0) > 0
-    return np.asarray(batch[0] if arrays or isinstance(batch, tuple) else batch)
+    x = np.asarray(batch[0] if arrays or isinstance(batch, tuple) else batch)
+    if x.ndim == 0 or x.size == 0:
+        raise DataError(f"{what}: required at least one row; batch {i} has {x.shape}")
+    return x
 
 
 def require_batches(what: str, data: object) -> None:

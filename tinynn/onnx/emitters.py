@@ -80,13 +80,7 @@ def _conv_transpose(w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
 def _pool(kind: str, w: Writer, node: Node, shapes: Mapping[int, Shape]) -> None:
     op: Any = node.op
     (x,) = node.inputs
-    win = _window(x, op.kernel_size, op.stride, op.padding)
-    if any(max(p) >= k for p, k in zip(win.padding, win.kernel, strict=True)):
-        raise UnsupportedError(
-            f"onnx.export: {op.name} in {node.path!r} pads by {win.padding}; ONNX runtimes require "
-            f"less than the window {win.kernel}"
-        )
-    geometry = _geometry(win)
+    geometry = _geometry(_window(x, op.kernel_size, op.stride, op.padding))
     del geometry["dilations"]  # average pools have none before opset 19
     if kind == "AveragePool":
         geometry["count_include_pad"] = 0
