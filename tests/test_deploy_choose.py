@@ -164,6 +164,7 @@ def test_kernels_of_packed_weights_can_be_chosen_anew() -> None:
     model, x = cluster.kmeans(windows(), 16), np.ones((1, 12, 11, 8), np.float32)
     packed = tn.compile(model, x, choose="codebook", threads=1)
     y = packed(x)
+    assert all(KERNELS[a.kernel].take(a) is a for a in packed.network.layers if a.kernel != "dense")
     for choice in ("dense", "codebook", "measure"):
         again = tn.Plan(choose_kernels(packed.network, choice), threads=1)
         np.testing.assert_allclose(again(x), y, rtol=0, atol=1e-6 * np.abs(y).max())

@@ -80,11 +80,11 @@ def _forced(layer: Layer, name: str) -> Layer:
     if name not in KERNELS:
         known = sorted([*KERNELS, SEPARABLE])
         raise ConfigError(f"compile: required a kernel of {known}; came {name!r}")
-    plain = expanded(layer)
     if name == "float16" and "weight" in layer.arrays and not layer.step.dtypes:
-        arrays = {**plain.arrays, "weight": rounded(plain.arrays["weight"])}
-        plain = replace(plain, arrays=arrays)
-    return KERNELS[name].take(plain) or layer
+        layer = expanded(layer)
+        arrays = {**layer.arrays, "weight": rounded(layer.arrays["weight"])}
+        layer = replace(layer, arrays=arrays)
+    return KERNELS[name].take(layer) or layer
 
 
 def _named(layer: Layer, choice: Mapping[str, str]) -> Layer:
@@ -99,8 +99,7 @@ def _named(layer: Layer, choice: Mapping[str, str]) -> Layer:
 
 
 def _fastest(network: Network, layer: Layer, images: int) -> Layer:
-    plain = expanded(layer)
-    taken = (kernel.take(plain) for kernel in KERNELS.values())
+    taken = (kernel.take(layer) for kernel in KERNELS.values())
     able = [candidate for candidate in taken if candidate is not None]
     if len(able) == 1:
         return able[0]

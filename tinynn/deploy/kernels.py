@@ -41,7 +41,7 @@ class Kernel:
 
     def take(self, layer: Layer) -> Layer | None:
         """The layer to be run by it, with weights as it keeps them; None where it cannot."""
-        return replace(layer, kernel=self.name)
+        return replace(expanded(layer), kernel=self.name)
 
     def cut(self, layer: Layer) -> bool:
         """Whether rows of its result may be computed apart, where the layer's step allows that."""
@@ -64,6 +64,7 @@ class _Compressed(Kernel):
     """Of linear layers and convolutions."""
 
     def take(self, layer: Layer) -> Layer | None:
+        layer = expanded(layer)
         able = isinstance(layer.step, Linear | Conv) and self._fits(layer)
         return super().take(layer) if able else None
 
@@ -127,6 +128,9 @@ class _Decoded(_Compressed):
     def take(self, layer: Layer) -> Layer | None:
         if not isinstance(layer.step, Linear | Conv | Depthwise):
             return None
+        if layer.kernel == self.name and isinstance(layer.arrays["weight"], Kept):
+            return layer
+        layer = expanded(layer)
         weight = layer.arrays["weight"]
         if isinstance(layer.step, Depthwise) and (weight.shape[2] < 16 or weight.shape[3] > 1):
             return None  # they are few
