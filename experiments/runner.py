@@ -225,7 +225,7 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     )
     size = shared.add_mutually_exclusive_group()
     size.add_argument(
-        "--quick", action="store_true", help="a small version that ends within a minute"
+        "--quick", action="store_true", help="a small version: a minute, once kernels are compiled"
     )
     size.add_argument("--full", action="store_true", help="the published size and schedule")
     shared.add_argument(
